@@ -1,0 +1,61 @@
+"""`fathom VERB ...`: one verb per file of this folder, imported only when it is called.
+
+A verb module offers `main(argv) -> int`. `run` gives every verb the same manners, whichever way it is started
+(`fathom VERB`, `python -m fathom.scripts.VERB`, `torchrun -m fathom.scripts.VERB`): bad input ends in one line
+on stderr and exit code 2, Ctrl-C in exit code 130.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from ..training.errors import UserError, did_you_mean
+
+VERBS = {
+    "quickstart": "corpus, tokenizer, pretrain, sft and chat in one go, on this machine's own text",
+    "corpus": "collect text, drop duplicates, split it, write parquet",
+    "tokenizer": "train a byte-level BPE vocabulary on a corpus",
+    "pretrain": "train a model from nothing on a corpus",
+    "sft": "teach a pretrained model to answer questions",
+    "generate": "continue one prompt, streaming to the terminal",
+    "chat": "talk to a model in the browser",
+    "push": "upload model, tokenizer, code and a model card to the Hub",
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+    return f"usage: fathom VERB [options]\n\nverbs:\n{verbs}\n\n`fathom VERB --help` lists the options of a verb.\n"
+
+
+def run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Calls a verb and turns its exceptions into exit codes: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        return main(argv)
+    except UserError as error:
+        print(f"fathom {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fathom {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(f"fathom {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"fathom: error: unknown verb {verb!r}{did_you_mean(verb, VERBS)} (see fathom --help)", file=sys.stderr)
+        return 2
+    return run(verb, import_module(f".{verb}", __package__).main, rest)
+
+
+def entry_point() -> None:
+    sys.exit(main(sys.argv[1:]))
