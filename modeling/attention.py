@@ -1,0 +1,253 @@
+"""Token mixing by dense attention: multi-head attention (MHA) and multi-head latent attention (MLA).
+
+MHA (arXiv 1706.03762, section 3.2): `softmax(Q K^T / sqrt(d_k)) V` per head; with fewer key/value heads it is
+grouped-query attention (arXiv 2305.13245).
+
+MLA (DeepSeek-V2, arXiv 2405.04434, eqs 9-19): keys and values of all heads are expanded from one small latent
+per token, and only the latent and one shared rotary key are cached:
+
+    c_q = norm(W_DQ h),  q = W_UQ c_q = [q_nope | q_pe]         c = norm(W_DKV h),  k_pe = rope(W_KR h)
+    k_nope, v = W_UK c, W_UV c                                   o = softmax((q_nope k_nope + q_pe k_pe) s) v
+
+For few queries over a long cache the expansion is the whole cost. It can be moved to the other side of the
+product, `q_nope (W_UK c) = (W_UK^T q_nope) c`, and attention runs on the latents themselves ("absorbed").
+
+Shapes: B batch, T query tokens, S key tokens, H heads, D head width, R latent width, P rotary width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .normalization import FathomRMSNorm
+from .rotary import apply_rotary, yarn_softmax_scale
+
+
+class FathomAttention(nn.Module):
+    """What every token mixer has in common; output recording and attention backends know mixers by this class."""
+
+    is_causal = True
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_dropout
+        self.num_key_value_groups = 1
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scaled dot-product attention through the backend that `config._attn_implementation` names.
+
+        Args:
+            query: [B, H, T, D]. key: [B, H_kv, S, D]. value: [B, H_kv, S, D_v].
+            attention_mask: as made by transformers' `create_causal_mask` for that backend.
+
+        Returns:
+            Output [B, T, H * D_v]; attention weights [B, H, T, S] where the backend has them, else None.
+        """
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.flatten(2), weights
+
+
+def eager_attention(
+    module: FathomAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: softmax in fp32 over `scaling * Q K^T` plus an additive mask. Shapes as in `attend`."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling  # [B, H, T, S]
+    weights = masked_softmax(scores, attention_mask).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights  # [B, T, H, D_v]
+
+
+def masked_softmax(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """fp32 softmax of `scores` [B, H, T, S] under a boolean (True = visible) or additive mask [B, 1, T, S].
+
+    A query that may see nothing (left padding) gets finite weights: its output is never used, but a NaN would be.
+    """
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return scores.softmax(dim=-1, dtype=torch.float32)
+
+
+class MultiHeadAttention(FathomAttention):
+    """Classic multi-head or grouped-query attention, with rotary positions or none."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.rope_interleave = config.rope_interleave
+        self.scaling = self.head_dim**-0.5 * yarn_softmax_scale(config)
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
+        if position_embeddings is not None:
+            query = apply_rotary(query, *position_embeddings, interleaved=self.rope_interleave)
+            key = apply_rotary(key, *position_embeddings, interleaved=self.rope_interleave)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output), weights
+
+
+class MultiHeadLatentAttention(FathomAttention):
+    """MLA with the compressed cache: per token and layer R + P numbers, whatever the number of heads."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.rope_interleave = config.rope_interleave
+        self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_scale(config)
+
+        query_width = self.num_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            self.q_a_layernorm = FathomRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.compresses_queries = config.q_lora_rank is not None
+
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=config.attention_bias
+        )
+        self.kv_a_layernorm = FathomRMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
+        latent, k_pe = self.latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
+        attend = self.absorbed_attention if self.absorbing_pays(q_nope, latent) else self.expanded_attention
+        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+        return self.o_proj(output), weights
+
+    def queries(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, d] -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
+        if self.compresses_queries:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        else:
+            query = self.q_proj(hidden_states)
+        query = query.view(*hidden_states.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return q_nope, apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave)
+
+    def latents(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, d] -> what is cached: latent [B, 1, T, R] and shared rotary key [B, 1, T, P].
+
+        The head dimension of 1 is there so that transformers' cache layers can hold them.
+        """
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent), apply_rotary(k_pe, *position_embeddings, interleaved=self.rope_interleave)
+
+    def absorbing_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
+        """Whether attention over the latents needs fewer multiplications than expanding them first.
+
+        Per key token and head, expanding costs R (D + D_v) once; a query costs 2 R + P absorbed and D + P + D_v
+        expanded. Only eager and SDPA masks are understood by the absorbed path, and a training step expands.
+        """
+        new_tokens, all_tokens = q_nope.shape[2], latent.shape[2]
+        if new_tokens == all_tokens or self.config._attn_implementation not in ("eager", "sdpa"):
+            return False
+        expanded_width = self.qk_nope_head_dim + self.v_head_dim
+        return new_tokens * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width
+
+    def expanded_attention(
+        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""
+        batch, _, key_tokens, _ = latent.shape
+        expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        query = torch.cat((q_nope, q_pe), dim=-1)  # [B, H, T, D + P]
+        key = torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1)  # [B, H, S, D + P]
+        # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
+        padding = self.qk_head_dim - self.v_head_dim
+        if self.config._attn_implementation != "sdpa" or padding <= 0:
+            return self.attend(query, key, value, attention_mask, **kwargs)
+        output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
+        return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
+
+    def absorbed_attention(
+        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        )  # [H, D, R], [H, D_v, R]
+        q_latent = q_nope @ w_uk  # [B, H, T, R]
+        query = torch.cat((q_latent, q_pe), dim=-1)
+        key = torch.cat((latent, k_pe), dim=-1)  # [B, 1, S, R + P], the same for all heads
+        # One product per sequence, with heads and queries side by side, instead of one per head.
+        scores = query.flatten(1, 2) @ key.squeeze(1).transpose(-1, -2) * self.scaling  # [B, H T, S]
+        weights = masked_softmax(scores.unflatten(1, q_nope.shape[1:3]), attention_mask).to(query.dtype)
+        output = (weights.flatten(1, 2) @ latent.squeeze(1)).unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
+        output = output @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
+        return output.transpose(1, 2).flatten(2), weights

@@ -1,0 +1,197 @@
+"""Channel mixing by DeepSeekMoE: many small routed experts, a few shared ones (arXiv 2401.06066, section 3).
+
+    y = sum_{i chosen} g_i FFN_i(x) + FFN_shared(x)
+
+DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2) chooses by a biased score and weighs by the unbiased one:
+
+    s = sigmoid(W x);  z = s + b;  keep the groups with the largest sum of their two best z;  I = top-k of z there
+    g_i = scale * s_i / sum_{j in I} s_j
+
+The bias b has no gradient. Once per optimizer step it moves by a fixed speed towards equal load (arXiv 2408.15664):
+
+    b_i += speed * sign(mean(c) - c_i),   c_i = tokens sent to expert i since the last step, over all ranks
+
+Shapes: B batch, T tokens per sequence, N = B T tokens, E routed experts, K chosen experts per token, d width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .feed_forward import FeedForward
+
+
+class TopKRouter(nn.Module):
+    """Chooses K experts per token, in fp32, and holds the routing bias and the load since its last update."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.n_group = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        # No buffer: DDP would overwrite it with rank 0's counts at every forward.
+        self.expert_load: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [N, d] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
+        # Autocast would compute the product in bf16, and near ties would be routed by rounding.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
+        scores = logits.sigmoid()
+        biased = scores + self.e_score_correction_bias
+        if self.n_group > 1:
+            biased = self._keep_best_groups(biased)
+        indices = biased.topk(self.top_k, dim=-1, sorted=False).indices  # [N, K]
+        weights = scores.gather(1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, indices
+
+    def _keep_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
+        """Sets the scores of all but `topk_group` groups to -inf; a group counts by the sum of its two best."""
+        grouped = biased.unflatten(-1, (self.n_group, -1))  # [N, groups, E / groups]
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+
+    @torch.no_grad()
+    def add_load(self, expert_counts: torch.Tensor) -> None:
+        """Adds one forward's `expert_counts` [E] to the load that the next bias update looks at."""
+        self.expert_load = expert_counts if self.expert_load is None else self.expert_load + expert_counts
+
+    @torch.no_grad()
+    def update_bias(self, load: torch.Tensor, speed: float) -> None:
+        """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E]."""
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+
+    def _apply(self, fn, recurse=True):
+        """Keeps the bias in fp32 under `.to(bf16)`: steps of 0.001 on a bias of about 5 vanish in bf16."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device, torch.float32)
+        return self
+
+
+@use_experts_implementation
+class RoutedExperts(nn.Module):
+    """E SwiGLU experts as two 3-D parameters, so that one kernel can run them all.
+
+    `forward` is the readable reference (`experts_implementation="eager"`); transformers' decorator dispatches to
+    its grouped matrix product otherwise. On disk every expert has tensors of its own (see `modeling_fathom`).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        inner = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(_fuse_experts)
+
+    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Tokens [N, d], chosen experts [N, K] and their weights [N, K] -> [N, d]."""
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(indices == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = expert_output * weights[token, slot, None]
+            output = output.index_add(0, token, weighted.to(output.dtype))
+        return output
+
+
+def _fuse_experts(module: RoutedExperts, state_dict: dict, prefix: str, *_) -> None:
+    """Lets `load_state_dict` read per-expert tensors.
+
+    `from_pretrained` fuses them by the conversion mapping; Trainer's resume and best-model reload call
+    `load_state_dict(strict=False)` on the file itself and would silently keep the old experts.
+    """
+    if f"{prefix}0.gate_proj.weight" not in state_dict:
+        return
+
+    def take(name: str) -> list[torch.Tensor]:
+        return [state_dict.pop(f"{prefix}{expert}.{name}.weight") for expert in range(module.num_experts)]
+
+    gates, ups, downs = take("gate_proj"), take("up_proj"), take("down_proj")
+    state_dict[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+    state_dict[f"{prefix}down_proj"] = torch.stack(downs)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts and shared experts (stored as one network of their joint width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.seq_aux_loss_coef = config.seq_aux_loss_coef
+        self.gate = TopKRouter(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = (
+            FeedForward(config, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Mixes channels, and reports how the tokens were routed.
+
+        Args:
+            hidden_states: [B, T, d].
+            token_mask: [B, T], True for real tokens; padding is routed but not counted. None: all are real.
+
+        Returns:
+            Output [B, T, d]; tokens per expert [E] (fp32); weighted sequence-wise balance loss, in training only.
+        """
+        tokens = hidden_states.flatten(0, 1)  # [N, d]
+        logits, weights, indices = self.gate(tokens)
+        output = self.experts(tokens, indices, weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_states)
+
+        batch = hidden_states.shape[0]
+        counts = count_tokens(indices.unflatten(0, (batch, -1)), self.gate.num_experts, token_mask).sum(dim=0)
+        balance_loss = None
+        if self.training and self.seq_aux_loss_coef:
+            scores = logits.sigmoid().unflatten(0, (batch, -1))
+            balance_loss = self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+        return output, counts, balance_loss
+
+
+def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens per expert and sequence: chosen experts [B, T, K] -> fp32 counts [B, E], padding left out."""
+    chosen = torch.ones(indices.shape, device=indices.device)
+    if token_mask is not None:
+        chosen = chosen * token_mask.unsqueeze(-1)
+    counts = torch.zeros(indices.shape[0], num_experts, device=indices.device)
+    return counts.scatter_add_(1, indices.flatten(1), chosen.flatten(1))
+
+
+def sequence_balance_loss(scores: torch.Tensor, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eqs 17-20), mean over sequences.
+
+    `sum_i f_i P_i` with `f_i = E / (K T) * tokens that have expert i among their K largest scores` (without the
+    bias, and without gradient) and `P_i` the mean over tokens of the scores normalised to 1. It is 1 when all
+    experts are equally loaded.
+
+    Args:
+        scores: non-negative affinities [B, T, E].
+        top_k: K.
+        token_mask: [B, T], True for real tokens. None: all are real.
+    """
+    mask = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B, T]
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+    counts = count_tokens(scores.topk(top_k, dim=-1).indices, scores.shape[-1], token_mask)
+    fraction = counts * scores.shape[-1] / (top_k * length)  # [B, E]
+    normalised = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * mask.unsqueeze(-1)
+    return (fraction * normalised.sum(dim=1) / length).sum(dim=-1).mean()

@@ -1,0 +1,37 @@
+"""Channel mixing by a dense feed-forward network.
+
+    gated:  down(act(gate x) * up x)     SwiGLU with act = silu (arXiv 2002.05202), DeepSeek's form
+    plain:  down(act(up x))              the classic two-matrix network with act = relu (arXiv 1706.03762, 3.3)
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class FeedForward(nn.Module):
+    """Feed-forward network without biases, [..., d] -> [..., d]."""
+
+    def __init__(self, config, intermediate_size: int, gated: bool = True):
+        super().__init__()
+        if gated:
+            self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.gated = gated
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gated:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class DenseChannelMixer(FeedForward):
+    """A feed-forward network as a layer's channel mixer: nothing is routed, so it reports no routing."""
+
+    def __init__(self, config):
+        super().__init__(config, config.intermediate_size, config.mlp_gated)
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, None, None]:
+        return super().forward(x), None, None

@@ -1,0 +1,499 @@
+"""Fathom: DeepSeek's language models as one Hugging Face model.
+
+    tokens -> embeddings -> num_hidden_layers x (token mixer, channel mixer) -> norm -> head -> next token
+                                                                               \\-> MTP layers -> later tokens
+
+What a layer mixes by is said by the config (`configuration_fathom`) and composed in `decoder_layer`. This file
+is the frame: embedding, loop over the layers, heads, losses, checkpoint layout and registration.
+
+Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers with experts.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import FathomAttention
+from .configuration_fathom import FathomConfig
+from .decoder_layer import FathomDecoderLayer, LayerOutput
+from .experts import RoutedExperts, TopKRouter
+from .multi_token_prediction import MultiTokenPredictionLayer, look_ahead, targets_ahead
+from .normalization import FathomRMSNorm
+from .rotary import FathomRotaryEmbedding, sinusoidal_positions
+
+
+@dataclass
+class FathomModelOutput(ModelOutput):
+    """Output of `FathomModel`.
+
+    Args:
+        last_hidden_state: [B, T, d], after the final norm.
+        past_key_values: the cache, where one is used.
+        hidden_states, attentions, router_logits: one tensor per layer, where asked for.
+        expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
+        balance_loss: sum over layers of the weighted sequence-wise balance loss; in training only.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    expert_counts: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+
+
+@dataclass
+class FathomCausalLMOutput(ModelOutput):
+    """Output of `FathomForCausalLM`.
+
+    Args:
+        loss: next-token cross-entropy; in training plus `mtp_loss_weight * mtp_loss + balance_loss`.
+        logits: [B, T, V].
+        mtp_loss: mean over the MTP depths of their cross-entropy, unweighted, where labels are given.
+        balance_loss, expert_counts: as in `FathomModelOutput`, MTP layers included in training.
+        past_key_values, hidden_states, attentions, router_logits: as in `FathomModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    mtp_loss: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+    expert_counts: torch.Tensor | None = None
+
+
+class FathomPreTrainedModel(PreTrainedModel):
+    config: FathomConfig
+    config_class = FathomConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FathomDecoderLayer", "MultiTokenPredictionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(FathomDecoderLayer, index=0),
+        "attentions": OutputRecorder(FathomAttention, index=1),
+        "router_logits": OutputRecorder(TopKRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: FathomConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
+        self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
+
+    # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, TopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, RoutedExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_router_bias(self) -> torch.Tensor | None:
+        """Moves every routing bias by one step towards equal load; call it once per optimizer step.
+
+        The load is summed over all forwards in training mode since the last call (gradient accumulation) and over
+        all ranks; an expert's tokens are counted once, also under gradient checkpointing. Evaluation counts nothing.
+
+        Returns:
+            The load [routers, E] that was used, or None if the model has no router or nothing was counted.
+        """
+        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        if not routers or any(router.expert_load is None for router in routers):
+            return None
+        load = torch.stack([router.expert_load for router in routers])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load)
+        for router, router_load in zip(routers, load, strict=True):
+            router.update_bias(router_load, self.config.router_bias_update_speed)
+            router.expert_load = None
+        return load
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters, from shapes alone (works on the meta device).
+
+        Returns:
+            `total`: all, without MTP layers, as DeepSeek reports it. `active`: those that one token uses, embedding
+            and head included. `embedding`: embedding and head. `mtp`: MTP layers.
+        """
+        unused = mtp = 0
+        first_mtp = self.config.num_hidden_layers
+        for name, module in self.named_modules():
+            if isinstance(module, MultiTokenPredictionLayer):
+                mtp += sum(parameter.numel() for parameter in module.parameters())
+            elif isinstance(module, RoutedExperts) and int(name.split("layers.")[1].split(".")[0]) < first_mtp:
+                experts = sum(parameter.numel() for parameter in module.parameters())
+                unused += experts - experts * self.config.num_experts_per_tok // module.num_experts
+        ends = (self.get_input_embeddings(), self.get_output_embeddings())
+        embedding = sum({end.weight: end.weight.numel() for end in ends if end is not None}.values())
+        total = sum(parameter.numel() for parameter in self.parameters()) - mtp
+        return {"total": total, "active": total - unused, "embedding": embedding, "mtp": mtp}
+
+
+class FathomModel(FathomPreTrainedModel):
+    """Embedding, decoder layers and final norm. MTP layers are kept at the end of `layers`, and run by the LM head."""
+
+    def __init__(self, config: FathomConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        last = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            [FathomDecoderLayer(config, i) for i in range(last)]
+            + [MultiTokenPredictionLayer(config, i) for i in range(last, last + config.num_nextn_predict_layers)]
+        )
+        self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = FathomRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def mtp_layers(self) -> nn.ModuleList:
+        return self.layers[self.config.num_hidden_layers :]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> FathomModelOutput:
+        """Runs the main layers.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, d] instead.
+            attention_mask: [B, S], 1 for real tokens, where rows are padded.
+            position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
+                unless a filled cache or an attention mask is given.
+            past_key_values: cache of the tokens before these.
+            use_cache: return a cache; never in training.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both or neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        # Made after the mask: transformers looks for packed documents only where there is no cache.
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
+        outputs: list[LayerOutput] = []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            output = LayerOutput(*layer(hidden_states, past_key_values=past_key_values, **layer_inputs, **kwargs))
+            hidden_states = output.hidden_states
+            outputs.append(output)
+
+        expert_counts, balance_loss = self.collect_routing(outputs)
+        return FathomModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            expert_counts=expert_counts,
+            balance_loss=balance_loss,
+        )
+
+    def layer_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, torch.Tensor | tuple | None]:
+        """What all layers share: `position_ids`, `position_embeddings`, `attention_mask` (causal), `token_mask`."""
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        has_token_mask = attention_mask is not None and attention_mask.dim() == 2
+        return {
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None,
+            "attention_mask": causal_mask,
+            "token_mask": attention_mask[:, -inputs_embeds.shape[1] :].bool() if has_token_mask else None,
+        }
+
+    def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Adds sinusoids to embeddings scaled by sqrt(d) (arXiv 1706.03762, 3.4 and 3.5); nothing with RoPE."""
+        if self.rotary_emb is not None:
+            return inputs_embeds
+        width = inputs_embeds.shape[-1]
+        return inputs_embeds * width**0.5 + sinusoidal_positions(position_ids, width).to(inputs_embeds.dtype)
+
+    def collect_routing(self, outputs: list[LayerOutput]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Stacks the layers' expert counts [M, E] and adds their balance losses; None where there are none."""
+        counts = [output.expert_counts for output in outputs if output.expert_counts is not None]
+        losses = [output.balance_loss for output in outputs if output.balance_loss is not None]
+        return torch.stack(counts) if counts else None, torch.stack(losses).sum() if losses else None
+
+
+class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
+    """The language model: `FathomModel`, a head, and in training the MTP and balance losses."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: FathomConfig):
+        super().__init__(config)
+        self.model = FathomModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> FathomCausalLMOutput:
+        """Predicts the next token at every position.
+
+        Args:
+            labels: [B, T], aligned with `input_ids` (shifted here); -100 is ignored.
+            logits_to_keep: compute the last n positions' logits only, or those of an index tensor.
+            num_items_in_batch (in kwargs): number of targets over all micro-batches and ranks of the optimizer
+                step. Given it, all terms of the loss are sums divided by it, so that gradient accumulation and the
+                number of processes do not change the gradient.
+            The others are as in `FathomModel`.
+        """
+        outputs: FathomModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        loss = mtp_loss = None
+        balance_loss, expert_counts = outputs.balance_loss, outputs.expert_counts
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
+                embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
+                mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
+                    hidden_states, embeds, attention_mask, position_ids, labels, **kwargs
+                )
+                if self.training and mtp_counts is not None:
+                    expert_counts = mtp_counts if expert_counts is None else torch.cat((expert_counts, mtp_counts))
+                if mtp_balance is not None:
+                    balance_loss = mtp_balance if balance_loss is None else balance_loss + mtp_balance
+        if self.training:
+            if expert_counts is not None and torch.is_grad_enabled():
+                self.add_expert_load(expert_counts)
+            if loss is not None and mtp_loss is not None:
+                loss = loss + self.config.mtp_loss_weight * mtp_loss
+            if loss is not None and balance_loss is not None:
+                loss = loss + balance_loss * share_of_batch(labels, kwargs.get("num_items_in_batch"))
+
+        return FathomCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            mtp_loss=mtp_loss,
+            balance_loss=balance_loss,
+            expert_counts=expert_counts,
+        )
+
+    def multi_token_prediction(
+        self,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        labels: torch.Tensor,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Runs the MTP layers on the main model's output [B, T, d].
+
+        Returns:
+            Mean cross-entropy over the depths; expert counts of the MTP layers [depths, E]; their balance loss.
+        """
+        layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
+        position_ids = layer_inputs.pop("position_ids")
+        outputs: list[LayerOutput] = []
+        losses: list[torch.Tensor] = []
+        loss_kwargs = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+        for depth, layer in enumerate(self.model.mtp_layers, start=1):
+            output = LayerOutput(*layer(hidden_states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
+            hidden_states = output.hidden_states
+            outputs.append(output)
+            losses.append(
+                self.loss_function(
+                    logits=self.lm_head(hidden_states),
+                    labels=None,
+                    shift_labels=targets_ahead(labels, position_ids, depth),
+                    vocab_size=self.config.vocab_size,
+                    **loss_kwargs,
+                )
+            )
+        return torch.stack(losses).mean(), *self.model.collect_routing(outputs)
+
+    def add_expert_load(self, expert_counts: torch.Tensor) -> None:
+        """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
+        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        for router, counts in zip(routers, expert_counts, strict=False):
+            router.add_load(counts)
+
+
+def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """This micro-batch's share of the optimizer step's targets, the weight of a per-batch mean in the step's loss."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def _without_mtp(config: FathomConfig) -> FathomConfig:
+    """A classifier predicts no tokens; MTP layers in it would be parameters without a gradient."""
+    config = copy.deepcopy(config)
+    for field in ("token_mixers", "channel_mixers"):
+        value = getattr(config, field)
+        if isinstance(value, list):
+            setattr(config, field, value[: config.num_hidden_layers])
+    config.num_nextn_predict_layers = 0
+    return config
+
+
+class FathomForSequenceClassification(GenericForSequenceClassification, FathomPreTrainedModel):
+    """`FathomModel` with a linear classifier on the last token that is no padding. Has no MTP layers."""
+
+    def __init__(self, config: FathomConfig):
+        FathomPreTrainedModel.__init__(self, _without_mtp(config))
+        self._keys_to_ignore_on_load_unexpected.append(rf"layers\.{config.num_hidden_layers}\.")
+        self.num_labels = config.num_labels
+        self.model = FathomModel(self.config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class FathomForTokenClassification(GenericForTokenClassification, FathomPreTrainedModel):
+    """`FathomModel` with dropout and a linear classifier on every token. Has no MTP layers."""
+
+    def __init__(self, config: FathomConfig):
+        FathomPreTrainedModel.__init__(self, _without_mtp(config))
+        self._keys_to_ignore_on_load_unexpected.append(rf"layers\.{config.num_hidden_layers}\.")
+        self.num_labels = config.num_labels
+        self.model = FathomModel(self.config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_fathom.FathomConfig",
+    "AutoModel": "modeling_fathom.FathomModel",
+    "AutoModelForCausalLM": "modeling_fathom.FathomForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_fathom.FathomForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_fathom.FathomForTokenClassification",
+}
+
+
+def _register() -> None:
+    """Makes transformers know Fathom. Runs at import, also as remote code, and may run more than once."""
+    AutoConfig.register("fathom", FathomConfig, exist_ok=True)
+    FathomConfig.register_for_auto_class()
+    for auto_class, model_class in (
+        (AutoModel, FathomModel),
+        (AutoModelForCausalLM, FathomForCausalLM),
+        (AutoModelForSequenceClassification, FathomForSequenceClassification),
+        (AutoModelForTokenClassification, FathomForTokenClassification),
+    ):
+        auto_class.register(FathomConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
+    # Trainer's label smoothing shifts labels only for class names in this table.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fathom"] = "FathomForCausalLM"
+    # DeepSeek's layout on disk, one tensor per expert matrix, from and to the fused parameters in memory.
+    register_checkpoint_conversion_mapping(
+        "fathom",
+        [
+            WeightConverter(
+                ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+                "mlp.experts.gate_up_proj",
+                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+            WeightConverter(
+                "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]
+            ),
+        ],
+        overwrite=True,
+    )
+
+
+_register()
+
+__all__ = [
+    "FathomConfig",
+    "FathomForCausalLM",
+    "FathomForSequenceClassification",
+    "FathomForTokenClassification",
+    "FathomModel",
+    "FathomPreTrainedModel",
+]

@@ -1,0 +1,67 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): one more token per depth, trained along.
+
+At depth k the layer joins the hidden state of position i with the embedding of token i + k and predicts token
+i + k + 1 through the shared head:
+
+    h^k_i = norm(Layer(W [norm(emb(t_{i+k})); norm(h^{k-1}_i)])),     p(t_{i+k+1}) = softmax(head(h^k_i))
+
+The released weights put the embedding first, where the paper's figure puts it second. h^0 is the main model's
+output after its final norm, as in transformers and vLLM. On disk the layer of depth k is
+`model.layers.{num_hidden_layers + k - 1}`.
+
+Shapes: B batch, T tokens, d width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .decoder_layer import FathomDecoderLayer, LayerOutput
+from .normalization import FathomRMSNorm
+
+
+class SharedHead(nn.Module):
+    """The norm before the head that a draft shares with the model (`shared_head.norm` in DeepSeek's layout)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MultiTokenPredictionLayer(FathomDecoderLayer):
+    """A decoder layer that takes the next token's embedding along."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> LayerOutput:
+        """Previous depth's states [B, T, d] and embeddings of the tokens k ahead [B, T, d] -> states [B, T, d]."""
+        joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)
+        # The unwrapped forward: this layer as a whole is what gradient checkpointing recomputes.
+        output = FathomDecoderLayer.forward(self, self.eh_proj(joined), **kwargs)
+        return output._replace(hidden_states=self.shared_head.norm(output.hidden_states))
+
+
+def look_ahead(values: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:
+    """Moves dimension 1 of [B, T, ...] `steps` to the left, so that index i holds what stood at i + steps."""
+    padding = (0, 0) * (values.dim() - 2) + (0, steps)
+    return F.pad(values[:, steps:], padding, value=fill)
+
+
+def targets_ahead(labels: torch.Tensor, position_ids: torch.Tensor, depth: int) -> torch.Tensor:
+    """Targets of depth `depth`: the label of token i + depth + 1, or -100 across a document boundary.
+
+    In a packed row position ids restart at every document, so a token of the same document at distance n has a
+    position id that is larger by exactly n.
+
+    Args:
+        labels, position_ids: [B, T] (position ids may be [1, T]).
+    """
+    distance = depth + 1
+    ahead = look_ahead(labels, distance, fill=-100)
+    same_document = look_ahead(position_ids, distance, fill=-1) - position_ids == distance
+    return ahead.masked_fill(~same_document, -100)

@@ -1,0 +1,21 @@
+"""Root-mean-square normalisation: `w * x / sqrt(mean(x^2) + eps)`, computed in fp32 (arXiv 1910.07467)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FathomRMSNorm(nn.Module):
+    """RMSNorm over the last dimension; the result has the input's dtype."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
