@@ -20,6 +20,9 @@ from transformers import PreTrainedConfig
 TOKEN_MIXERS = ("mha", "mla")
 CHANNEL_MIXERS = ("dense", "moe")
 
+# What transformers takes in a config's constructor besides its fields.
+TRANSFORMERS_ARGUMENTS = ("attn_implementation", "experts_implementation", "num_labels", "output_attentions")
+
 # Width, depth, vocabulary and context of the sizes that are derived; every other number follows from the width.
 SIZES = {
     "nano": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 4096, "max_position_embeddings": 1024},
@@ -214,7 +217,7 @@ class FathomConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown generation, size or field (with the nearest names), or an impossible combination.
         """
-        known = {field.name for field in fields(cls)} | set(cls.attribute_map)
+        known = {field.name for field in fields(cls)} | set(cls.attribute_map) | set(TRANSFORMERS_ARGUMENTS)
         for name in overrides:
             if name not in known:
                 raise ValueError(f"FathomConfig has no field {name!r}{_nearest(name, known)}")
