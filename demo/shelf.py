@@ -1,0 +1,143 @@
+"""The models a page may choose from, at most one of them in memory.
+
+A source is a checkpoint folder, a Hub id, or `random:GENERATION`: a nano model with random weights, built in
+seconds without any file, for looking at the machinery before something is trained.
+"""
+
+import argparse
+import ast
+import gc
+import inspect
+import textwrap
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modeling.configuration_fathom import GENERATIONS, FathomConfig
+from ..modeling.modeling_fathom import FathomForCausalLM
+from ..tokenizer import train_tokenizer
+from ..training.checkpoints import find_checkpoints, load_model, load_tokenizer
+from ..training.errors import UserError, did_you_mean
+
+RANDOM = "random:"
+UNTRAINED = tuple(RANDOM + generation for generation in reversed(GENERATIONS))  # newest first
+UNTRAINED_VOCAB_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, on its device and in eval mode."""
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def generation(self) -> str:
+        return getattr(self.model.config, "generation", self.model.config.model_type)
+
+    def parameters(self) -> tuple[int, int]:
+        """All parameters, and those that one token uses; MTP layers, which only draft, are in neither."""
+        counts = getattr(self.model, "parameter_counts", None)
+        if counts is None:
+            return self.model.num_parameters(), self.model.num_parameters()
+        return counts()["total"], counts()["active"]
+
+
+def is_untrained(source: str) -> bool:
+    return source.startswith(RANDOM)
+
+
+def untrained(generation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A nano model with the same random weights each time, and a tokenizer trained on a few standard-library files.
+
+    Raises:
+        UserError: unknown generation (with the nearest names).
+    """
+    if generation not in GENERATIONS:
+        known = ", ".join(UNTRAINED)
+        raise UserError(f"unknown model {RANDOM}{generation}{did_you_mean(generation, GENERATIONS)}; known: {known}")
+    config = FathomConfig.preset(generation, size="nano", vocab_size=UNTRAINED_VOCAB_SIZE)
+    texts = [inspect.getsource(module) for module in (textwrap, argparse, ast)]
+    tokenizer = train_tokenizer(texts, UNTRAINED_VOCAB_SIZE, config.max_position_embeddings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FathomForCausalLM(config).eval(), tokenizer
+
+
+def load_source(source: str) -> Loaded:
+    """Loads a model and its tokenizer onto the accelerator, or the CPU where there is none.
+
+    Raises:
+        UserError: the source is none, or cannot be loaded.
+    """
+    if is_untrained(source):
+        model, tokenizer = untrained(source.removeprefix(RANDOM))
+    else:
+        model, tokenizer = load_model(source), load_tokenizer(source)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return Loaded(source, model, tokenizer)
+
+
+class Shelf:
+    """Finds the sources below a folder and holds the one that is in use."""
+
+    def __init__(self, models_dir: Path, named: Sequence[str] = ()) -> None:
+        """Makes an empty shelf.
+
+        Args:
+            models_dir: checkpoints are looked for here, anew at each call of `sources()`.
+            named: further sources, e.g. a Hub id; first in the list.
+        """
+        self.models_dir = models_dir
+        self.named = tuple(named)
+        self._current: Loaded | None = None
+        self._lock = threading.Lock()
+
+    def sources(self) -> list[str]:
+        """What may be loaded: the named ones, checkpoints (newest first), untrained models."""
+        found = [str(path) for path in find_checkpoints(self.models_dir)] if self.models_dir.is_dir() else []
+        return list(dict.fromkeys([*self.named, *found, *UNTRAINED]))
+
+    def load(self, source: str) -> Loaded:
+        """Gives the source's model; another one in memory is freed first, and put back if the new one fails.
+
+        Raises:
+            UserError: not one of `sources()`, or it cannot be loaded.
+        """
+        with self._lock:
+            if self._current is not None and self._current.source == source:
+                return self._current
+            if source not in self.sources():
+                raise UserError(f"no model {source!r} on offer; choose one of: {', '.join(self.sources())}")
+            previous = self._current.source if self._current is not None else None
+            self._free()
+            try:
+                self._current = load_source(source)
+            except Exception:
+                if previous is not None:
+                    self._current = load_source(previous)
+                raise
+            return self._current
+
+    def in_use(self) -> Loaded:
+        """The model in memory; waits while another one is being loaded.
+
+        Raises:
+            UserError: none was loaded, or the last one could not be put back.
+        """
+        with self._lock:
+            if self._current is None:
+                raise UserError("no model is loaded; choose one")
+            return self._current
+
+    def _free(self) -> None:
+        self._current = None
+        gc.collect()  # modules hold reference cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

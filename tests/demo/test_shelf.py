@@ -1,0 +1,90 @@
+"""One model in memory, whichever is chosen and whatever fails."""
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from fathom.demo import shelf as module
+from fathom.demo.shelf import Shelf, load_source, untrained
+from fathom.training.errors import UserError
+
+
+@pytest.fixture
+def runs(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    for name in ("first", "second", "damaged"):
+        shutil.copytree(tiny_checkpoint, tmp_path / name)
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    return tmp_path
+
+
+def test_sources_are_named_ones_then_checkpoints_then_untrained_models(runs: Path) -> None:
+    sources = Shelf(runs, ["owner/name", str(runs / "second")]).sources()
+    assert sources[:2] == ["owner/name", str(runs / "second")]
+    assert set(sources[2:-2]) == {str(runs / "first"), str(runs / "damaged")}
+    assert sources[-2:] == ["random:v3", "random:classic"]
+    assert Shelf(runs / "none").sources() == ["random:v3", "random:classic"]
+
+
+def test_the_first_model_is_freed_before_the_second_is_loaded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf(runs)
+    first = weakref.ref(shelf.load(str(runs / "first")).model)
+    assert shelf.load(str(runs / "first")).model is first(), "no second copy of the one in use"
+    alive = []
+
+    def load(source: str) -> module.Loaded:
+        alive.append(first() is not None)
+        return load_source(source)
+
+    monkeypatch.setattr(module, "load_source", load)
+    assert shelf.load(str(runs / "second")).source == str(runs / "second")
+    assert alive == [False]
+
+
+def test_after_a_failure_the_previous_model_is_in_use(runs: Path) -> None:
+    shelf = Shelf(runs)
+    shelf.load(str(runs / "first"))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        shelf.load(str(runs / "damaged"))
+    assert shelf.in_use().source == str(runs / "first")
+    gc.collect()
+
+
+def test_only_what_is_on_offer_can_be_loaded(runs: Path, tiny_checkpoint: Path) -> None:
+    shelf = Shelf(runs)
+    with pytest.raises(UserError, match="no model is loaded"):
+        shelf.in_use()
+    with pytest.raises(UserError, match="on offer"):
+        shelf.load(str(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("generation", ["v3", "classic"])
+def test_untrained_models_are_the_same_each_time_and_leave_the_generator_alone(generation: str) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model, tokenizer = untrained(generation)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.config.generation == generation
+    assert not model.training
+    again, _ = untrained(generation)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    text = "def f(x):\n    return x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_an_unknown_generation_names_the_near_ones() -> None:
+    with pytest.raises(UserError, match="did you mean v3"):
+        load_source("random:v33")
+    with pytest.raises(UserError, match="unknown model"):
+        load_source("random:v3-671b")  # a preset, but one that fits into no memory
+
+
+def test_parameters_are_those_of_the_model(tiny_checkpoint: Path) -> None:
+    loaded = load_source(str(tiny_checkpoint))
+    counts = loaded.model.parameter_counts()
+    assert loaded.parameters() == (counts["total"], counts["active"])
+    assert loaded.generation == "v3"
