@@ -188,7 +188,9 @@ class MultiHeadLatentAttention(FathomAttention):
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
         return self.o_proj(output), weights
 
-    def queries(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, d] -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
         if self.compresses_queries:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
@@ -198,7 +200,9 @@ class MultiHeadLatentAttention(FathomAttention):
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave)
 
-    def latents(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    def latents(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, d] -> what is cached: latent [B, 1, T, R] and shared rotary key [B, 1, T, P].
 
         The head dimension of 1 is there so that transformers' cache layers can hold them.

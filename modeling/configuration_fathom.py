@@ -16,6 +16,8 @@ from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TOKEN_MIXERS = ("mha", "mla")
 CHANNEL_MIXERS = ("dense", "moe")
@@ -37,8 +39,8 @@ def _classic(width: int) -> dict:
         "token_mixers": "mha",
         "channel_mixers": "dense",
         "position_embedding_type": "sinusoidal",
-        "num_attention_heads": width // 32,
-        "head_dim": 32,
+        "num_attention_heads": width // 64,
+        "head_dim": 64,
         "intermediate_size": 4 * width,
         "hidden_act": "relu",
         "mlp_gated": False,
@@ -50,12 +52,12 @@ def _v3(width: int) -> dict:
     """DeepSeek-V3: MLA, fine-grained experts with one shared, sigmoid routing with a bias, one MTP layer."""
     return {
         "token_mixers": "mla",
-        "num_attention_heads": width // 32,
+        "num_attention_heads": width // 64,
         "q_lora_rank": 3 * width // 8,
         "kv_lora_rank": width // 4,
-        "qk_nope_head_dim": 32,
+        "qk_nope_head_dim": 48,
         "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
+        "v_head_dim": 64,
         "intermediate_size": 5 * width // 2,
         "first_k_dense_replace": 1,
         "n_routed_experts": 16,
@@ -64,6 +66,8 @@ def _v3(width: int) -> dict:
         "moe_intermediate_size": width // 2,
         "n_group": 1,
         "topk_group": 1,
+        # DeepSeek's 0.001 is for hundreds of thousands of steps; in a thousand it moves a bias by 1 at most.
+        "router_bias_update_speed": 0.01,
         "num_nextn_predict_layers": 1,
     }
 
@@ -179,12 +183,12 @@ class FathomConfig(PreTrainedConfig):
     topk_group: int = 4
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 2.5
-    router_bias_update_speed: float = 0.001
-    seq_aux_loss_coef: float = 0.0001
+    router_bias_update_speed: float | int = 0.001
+    seq_aux_loss_coef: float | int = 0.0001
     output_router_logits: bool = False
 
     num_nextn_predict_layers: int = 1
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: float | int = 0.3
 
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -230,11 +234,11 @@ class FathomConfig(PreTrainedConfig):
             raise ValueError(f"unknown preset {generation!r}{_nearest(generation, names)}; known: {', '.join(names)}")
         if size not in SIZES:
             names = [*SIZES, *(name.split("-", 1)[1] for name in OFFICIAL if name.startswith(f"{generation}-"))]
-            raise ValueError(
-                f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}"
-            )
+            raise ValueError(f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}")
         shape = dict(SIZES[size])
         width = overrides.get("hidden_size", shape["hidden_size"])
+        if not isinstance(width, int):
+            raise ValueError(f"hidden_size={width!r} must be a whole number")
         derived = GENERATIONS[generation](width)
         return cls(**{"generation": generation, **shape, **derived, **overrides})
 
@@ -254,9 +258,9 @@ class FathomConfig(PreTrainedConfig):
         return any(kind in (self.token_mixer(i), self.channel_mixer(i)) for i in layers)
 
     def _check_layers(self) -> None:
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        self._check_positive(
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
+        )
         if self.num_nextn_predict_layers < 0:
             raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or more")
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
@@ -272,47 +276,74 @@ class FathomConfig(PreTrainedConfig):
                     known = ", ".join(kinds)
                     raise ValueError(f"unknown kind {kind!r} in {field}{_nearest(kind, kinds)}; known: {known}")
 
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     def _check(self) -> None:
         """Raises on what cannot work, before a model is built from it."""
         for field, known in (
             ("position_embedding_type", ("rope", "sinusoidal")),
             ("scoring_func", ("sigmoid",)),
             ("topk_method", ("noaux_tc",)),
+            ("hidden_act", tuple(ACT2FN)),
         ):
             value = getattr(self, field)
             if value not in known:
-                raise ValueError(f"{field}={value!r} is not known; known: {', '.join(known)}")
+                raise ValueError(f"{field}={value!r} is not known{_nearest(value, known)}; known: {', '.join(known)}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} must be below vocab_size={self.vocab_size}; "
+                f"raise vocab_size, or set pad_token_id to such a token or None"
+            )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1")
+        if self.position_embedding_type == "rope":
+            self._check_rope()
         if self.hc_mult != 1:
             raise ValueError(f"hc_mult={self.hc_mult}: only the plain residual stream (hc_mult=1) is known")
         if self.uses("mla"):
             self._check_mla()
         if self.uses("mha"):
             self._check_mha()
+        if self.uses("dense"):
+            self._check_positive("intermediate_size")
         if self.uses("moe"):
             self._check_moe()
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters or {}
+        kind, known = rope.get("rope_type", "default"), ("default", *ROPE_INIT_FUNCTIONS)
+        if kind not in known:
+            raise ValueError(f"rope_type={kind!r} is not known{_nearest(kind, known)}; known: {', '.join(known)}")
+        factor = rope.get("factor")
+        if kind in ("linear", "dynamic", "yarn", "llama3") and not (isinstance(factor, float | int) and factor >= 1):
+            raise ValueError(f"rope_type={kind!r} needs a factor of at least 1 in rope_parameters, not {factor!r}")
 
     def _check_mla(self) -> None:
         if self.position_embedding_type != "rope":
             raise ValueError("token_mixers 'mla' rotates part of each head; set position_embedding_type='rope'")
+        self._check_positive("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or None: uncompressed")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary dimensions come in pairs")
         if self.uses("mha"):
             raise ValueError("mha and mla layers in one model would need two rotary widths; choose one for all layers")
 
     def _check_mha(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim < 1:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is less than num_attention_heads={self.num_attention_heads}; set head_dim"
-            )
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary dimensions come in pairs")
+        self._check_positive("num_key_value_heads")
+        heads, key_heads, width = self.num_attention_heads, self.num_key_value_heads or 1, self.head_dim or 0
+        if heads % key_heads:
+            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={key_heads}")
+        if width < 1:
+            raise ValueError(f"hidden_size={self.hidden_size} is below num_attention_heads={heads}; set head_dim")
+        if self.position_embedding_type == "rope" and width % 2:
+            raise ValueError(f"head_dim={width} must be even: rotary dimensions come in pairs")
 
     def _check_moe(self) -> None:
+        self._check_positive("moe_intermediate_size")
         experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
         if not 1 <= chosen <= experts:
             raise ValueError(f"num_experts_per_tok={chosen} must be between 1 and n_routed_experts={experts}")
@@ -327,7 +358,7 @@ class FathomConfig(PreTrainedConfig):
             )
         if chosen > kept * (experts // groups):
             raise ValueError(
-                f"num_experts_per_tok={chosen} does not fit in topk_group={kept} groups of {experts // groups} experts; "
+                f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
         if self.n_shared_experts < 0:

@@ -21,9 +21,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .feed_forward import FeedForward
+from .precision import KeepsFloat32Buffers
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(KeepsFloat32Buffers):
     """Chooses K experts per token, in fp32, and holds the routing bias and the load since its last update."""
 
     def __init__(self, config):
@@ -65,20 +66,14 @@ class TopKRouter(nn.Module):
     @torch.no_grad()
     def add_load(self, expert_counts: torch.Tensor) -> None:
         """Adds one forward's `expert_counts` [E] to the load that the next bias update looks at."""
+        # Reentrant checkpointing attaches the counts to its graph; kept so, they would keep the graph in memory.
+        expert_counts = expert_counts.detach()
         self.expert_load = expert_counts if self.expert_load is None else self.expert_load + expert_counts
 
     @torch.no_grad()
     def update_bias(self, load: torch.Tensor, speed: float) -> None:
         """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E]."""
         self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
-
-    def _apply(self, fn, recurse=True):
-        """Keeps the bias in fp32 under `.to(bf16)`: steps of 0.001 on a bias of about 5 vanish in bf16."""
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device, torch.float32)
-        return self
 
 
 @use_experts_implementation
@@ -109,6 +104,43 @@ class RoutedExperts(nn.Module):
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output
 
+    def forward_sorted(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same as `forward`, with the tokens of an expert side by side. The fast way on a CPU.
+
+        A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
+        it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
+        each expert.
+        """
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+        order = indices.flatten().argsort()  # [N K], slots by expert
+        counts = indices.flatten().bincount(minlength=self.num_experts).tolist()
+        token = order // indices.shape[1]
+        grouped = hidden_states.to(dtype)[token].split(counts)
+        # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.
+        weights = weights.to(dtype).flatten()[order, None].split(counts)
+        gate_ups, downs = self.gate_up_proj.to(dtype).unbind(), self.down_proj.to(dtype).unbind()
+        outputs = []
+        for expert, count in enumerate(counts):
+            if count:
+                gate, up = F.linear(grouped[expert], gate_ups[expert]).chunk(2, dim=-1)
+                outputs.append(F.linear(self.act_fn(gate) * up * weights[expert], downs[expert]))
+        return torch.zeros_like(hidden_states).index_add(0, token, torch.cat(outputs).to(hidden_states.dtype))
+
+
+class DeviceAwareExperts(RoutedExperts):
+    """Routed experts that sort on a CPU where grouped products are configured.
+
+    Chosen inside the module's own call: PEFT wraps it, tensor and expert parallelism hang hooks on it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        grouped = self.config._experts_implementation == "grouped_mm"
+        # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
+        special = self._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel()
+        if grouped and hidden_states.device.type == "cpu" and not special:
+            return self.forward_sorted(hidden_states, indices, weights)
+        return super().forward(hidden_states, indices, weights)
+
 
 def _fuse_experts(module: RoutedExperts, state_dict: dict, prefix: str, *_) -> None:
     """Lets `load_state_dict` read per-expert tensors.
@@ -134,7 +166,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.seq_aux_loss_coef = config.seq_aux_loss_coef
         self.gate = TopKRouter(config)
-        self.experts = RoutedExperts(config)
+        self.experts = DeviceAwareExperts(config)
         self.shared_experts = (
             FeedForward(config, config.moe_intermediate_size * config.n_shared_experts)
             if config.n_shared_experts
@@ -170,10 +202,10 @@ class MixtureOfExperts(nn.Module):
 
 def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Tokens per expert and sequence: chosen experts [B, T, K] -> fp32 counts [B, E], padding left out."""
-    chosen = torch.ones(indices.shape, device=indices.device)
+    chosen = torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
     if token_mask is not None:
         chosen = chosen * token_mask.unsqueeze(-1)
-    counts = torch.zeros(indices.shape[0], num_experts, device=indices.device)
+    counts = torch.zeros(indices.shape[0], num_experts, dtype=torch.float32, device=indices.device)
     return counts.scatter_add_(1, indices.flatten(1), chosen.flatten(1))
 
 

@@ -1,7 +1,7 @@
 """Channel mixing by a dense feed-forward network.
 
-    gated:  down(act(gate x) * up x)     SwiGLU with act = silu (arXiv 2002.05202), DeepSeek's form
-    plain:  down(act(up x))              the classic two-matrix network with act = relu (arXiv 1706.03762, 3.3)
+gated:  down(act(gate x) * up x)     SwiGLU with act = silu (arXiv 2002.05202), DeepSeek's form
+plain:  down(act(up x))              the classic two-matrix network with act = relu (arXiv 1706.03762, 3.3)
 """
 
 import torch

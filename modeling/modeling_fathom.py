@@ -15,8 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -117,6 +122,13 @@ class FathomPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The loop over experts where grouped matrix products cannot run: their rows must fill whole 16 bytes."""
+        config = self.config
+        if requested_experts is None and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -141,12 +153,19 @@ class FathomPreTrainedModel(PreTrainedModel):
         all ranks; an expert's tokens are counted once, also under gradient checkpointing. Evaluation counts nothing.
 
         Returns:
-            The load [routers, E] that was used, or None if the model has no router or nothing was counted.
+            The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays.
         """
         routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
-        if not routers or any(router.expert_load is None for router in routers):
+        if not routers:
             return None
-        load = torch.stack([router.expert_load for router in routers])
+        # Zeros instead of an early return: on another rank the same router may have counted.
+        load = torch.stack(
+            [
+                torch.zeros_like(router.e_score_correction_bias) if router.expert_load is None else router.expert_load
+                for router in routers
+            ]
+        )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
@@ -260,12 +279,15 @@ class FathomModel(FathomPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        has_token_mask = attention_mask is not None and attention_mask.dim() == 2
+        token_mask = None
+        # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
         return {
             "position_ids": position_ids,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None,
             "attention_mask": causal_mask,
-            "token_mask": attention_mask[:, -inputs_embeds.shape[1] :].bool() if has_token_mask else None,
+            "token_mask": token_mask,
         }
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -381,18 +403,22 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         position_ids = layer_inputs.pop("position_ids")
         outputs: list[LayerOutput] = []
         losses: list[torch.Tensor] = []
-        loss_kwargs = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
             output = LayerOutput(*layer(hidden_states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
             hidden_states = output.hidden_states
             outputs.append(output)
+            targets = targets_ahead(labels, position_ids, depth)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is None:
+                # Not left to the loss function: its mean is NaN where all documents are too short for a target.
+                num_items = (targets != -100).sum().clamp(min=1)
             losses.append(
                 self.loss_function(
                     logits=self.lm_head(hidden_states),
                     labels=None,
-                    shift_labels=targets_ahead(labels, position_ids, depth),
+                    shift_labels=targets,
                     vocab_size=self.config.vocab_size,
-                    **loss_kwargs,
+                    num_items_in_batch=num_items,
                 )
             )
         return torch.stack(losses).mean(), *self.model.collect_routing(outputs)
@@ -422,12 +448,22 @@ def _without_mtp(config: FathomConfig) -> FathomConfig:
     return config
 
 
+def _only_in_language_models(config: FathomConfig) -> list[str]:
+    """What a language model's checkpoint has and a classifier has not: patterns of the head and of the MTP layers."""
+    first = config.num_hidden_layers
+    mtp_layers = range(first, first + config.num_nextn_predict_layers)
+    return [r"^lm_head\.", *(rf"layers\.{i}\." for i in mtp_layers)]
+
+
 class FathomForSequenceClassification(GenericForSequenceClassification, FathomPreTrainedModel):
     """`FathomModel` with a linear classifier on the last token that is no padding. Has no MTP layers."""
 
+    # The loss is a mean per micro-batch; Trainer divides it by the accumulation steps only if told so.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: FathomConfig):
         FathomPreTrainedModel.__init__(self, _without_mtp(config))
-        self._keys_to_ignore_on_load_unexpected.append(rf"layers\.{config.num_hidden_layers}\.")
+        self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -437,12 +473,16 @@ class FathomForSequenceClassification(GenericForSequenceClassification, FathomPr
 class FathomForTokenClassification(GenericForTokenClassification, FathomPreTrainedModel):
     """`FathomModel` with dropout and a linear classifier on every token. Has no MTP layers."""
 
+    # The loss is a mean per micro-batch; Trainer divides it by the accumulation steps only if told so.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: FathomConfig):
         FathomPreTrainedModel.__init__(self, _without_mtp(config))
-        self._keys_to_ignore_on_load_unexpected.append(rf"layers\.{config.num_hidden_layers}\.")
+        self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -38,7 +38,9 @@ class MultiTokenPredictionLayer(FathomDecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
-    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> LayerOutput:
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
+    ) -> LayerOutput:
         """Previous depth's states [B, T, d] and embeddings of the tokens k ahead [B, T, d] -> states [B, T, d]."""
         joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)
         # The unwrapped forward: this layer as a whole is what gradient checkpointing recomputes.

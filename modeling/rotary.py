@@ -14,11 +14,12 @@ import math
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .precision import KeepsFloat32Buffers
 
-class FathomRotaryEmbedding(nn.Module):
+
+class FathomRotaryEmbedding(KeepsFloat32Buffers):
     """Cosines and sines of the rotary angles.
 
     transformers refills `inv_freq` and `original_inv_freq` after `from_pretrained` for classes of this name that
@@ -34,6 +35,7 @@ class FathomRotaryEmbedding(nn.Module):
         init = (
             self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         )
+        self.attention_scaling: float
         inv_freq, self.attention_scaling = init(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)

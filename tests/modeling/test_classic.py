@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling.attention import MultiHeadAttention
 
@@ -71,7 +72,9 @@ def reference_logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, hea
         layer = {name.removeprefix(f"model.layers.{i}."): value for name, value in weights.items()}
         u = norm(x, layer["input_layernorm.weight"])
         q, k, v = ((u @ layer[f"self_attn.{n}_proj.weight"].T).view(len(u), heads, -1).transpose(0, 1) for n in "qkv")
-        scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(torch.ones(len(u), len(u)).triu(1) > 0, -torch.inf)
+        scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(
+            torch.ones(len(u), len(u)).triu(1) > 0, -torch.inf
+        )
         x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ layer["self_attn.o_proj.weight"].T
         u = norm(x, layer["post_attention_layernorm.weight"])
         x = x + F.relu(u @ layer["mlp.up_proj.weight"].T) @ layer["mlp.down_proj.weight"].T

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fathom import FathomConfig, FathomForCausalLM
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from fathom import FathomConfig, FathomForCausalLM
 
 TOLERANCE = 1e-4
 
@@ -94,9 +95,7 @@ def test_logits_with_cache(variant, chunks):
         output = ours(piece, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits.append(output.logits)
-    torch.testing.assert_close(
-        torch.cat(logits, dim=1), stock(tokens, use_cache=False).logits, atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(torch.cat(logits, dim=1), stock(tokens, use_cache=False).logits, atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
@@ -145,7 +144,9 @@ def test_gradients_equal_stock():
         model(tokens, labels=tokens).loss.backward()
     theirs = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_stock_reads_our_files(tmp_path):

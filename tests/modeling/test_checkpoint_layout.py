@@ -1,0 +1,354 @@
+"""What is on disk: DeepSeek's tensor names, exact round trips, resume, and code that travels with the weights."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fathom import (
+    FathomConfig,
+    FathomForCausalLM,
+    FathomForSequenceClassification,
+    FathomForTokenClassification,
+    FathomModel,
+)
+
+EXPERTS = 4
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
+ATTENTION = [
+    "self_attn.q_a_proj.weight",
+    "self_attn.q_a_layernorm.weight",
+    "self_attn.q_b_proj.weight",
+    "self_attn.kv_a_proj_with_mqa.weight",
+    "self_attn.kv_a_layernorm.weight",
+    "self_attn.kv_b_proj.weight",
+    "self_attn.o_proj.weight",
+]
+NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+MATRICES = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+MOE = [
+    "mlp.gate.weight",
+    "mlp.gate.e_score_correction_bias",
+    *(f"mlp.experts.{expert}.{matrix}" for expert in range(EXPERTS) for matrix in MATRICES),
+    *(f"mlp.shared_experts.{matrix}" for matrix in MATRICES),
+]
+MTP = ["enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"]
+
+
+def config(**overrides) -> FathomConfig:
+    settings = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 97,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "max_position_embeddings": 256,
+    }
+    return FathomConfig.preset("v3", **{**settings, **overrides})
+
+
+def model(**overrides) -> FathomForCausalLM:
+    """Random weights, random routing biases: a bias of 0 could be forgotten unnoticed."""
+    torch.manual_seed(0)
+    created = FathomForCausalLM(config(**overrides)).eval()
+    for name, buffer in created.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_()
+    return created
+
+
+def tokens(batch: int = 2, length: int = 15) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def assert_same_state(mine: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Parameters and all buffers, those that are not saved included, are equal bit by bit."""
+    for mine_named, theirs_named in (
+        (mine.named_parameters(), theirs.named_parameters()),
+        (mine.named_buffers(), theirs.named_buffers()),
+    ):
+        expected, got = dict(mine_named), dict(theirs_named)
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            assert value.dtype == got[name].dtype, name
+            assert torch.equal(value, got[name]), name
+
+
+def names_on_disk(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def test_tensor_names_are_the_official_ones(tmp_path):
+    """Layer 0 is dense, layer 1 has experts, and layer 2, one beyond the last, is the MTP layer."""
+    model().save_pretrained(tmp_path)
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    expected |= {f"model.layers.0.{name}" for name in [*ATTENTION, *NORMS, *(f"mlp.{m}" for m in MATRICES)]}
+    expected |= {f"model.layers.1.{name}" for name in [*ATTENTION, *NORMS, *MOE]}
+    expected |= {f"model.layers.2.{name}" for name in [*ATTENTION, *NORMS, *MOE, *MTP]}
+    assert names_on_disk(tmp_path) == expected
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes["model.layers.1.mlp.experts.3.gate_proj.weight"] == (32, 64)
+    assert shapes["model.layers.1.mlp.experts.3.down_proj.weight"] == (64, 32)
+    assert shapes["model.layers.2.eh_proj.weight"] == (64, 128)
+
+
+@pytest.mark.parametrize("rope", [None, YARN], ids=["rope", "yarn"])
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_round_trip_is_exact(tmp_path, shards, rope):
+    saved = model(rope_parameters=rope, num_nextn_predict_layers=2)
+    saved.save_pretrained(tmp_path, max_shard_size="100KB" if shards else "5GB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == shards
+    loaded = FathomForCausalLM.from_pretrained(tmp_path)
+    assert_same_state(saved, loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert names_on_disk(tmp_path / "again") == names_on_disk(tmp_path)
+    assert_same_state(saved, FathomForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+def test_yarn_frequencies_after_loading_are_yarns(tmp_path):
+    """Buffers that are not saved are computed anew, not left as uninitialised memory or as plain RoPE."""
+    model(rope_parameters=YARN).save_pretrained(tmp_path)
+    loaded = FathomForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    width, factor = loaded.config.qk_rope_head_dim, YARN["factor"]
+    plain = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    frequencies = loaded.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    # The fastest pair turns as without YaRN, the slowest is slowed down by the factor (arXiv 2309.00071, eq. 23).
+    torch.testing.assert_close(frequencies[0], plain[0])
+    torch.testing.assert_close(frequencies[-1], plain[-1] / factor)
+    assert torch.equal(loaded.model.rotary_emb.original_inv_freq, frequencies)
+
+
+def test_load_state_dict_reads_experts_one_by_one(tmp_path):
+    """Trainer reads the file itself to resume: without fusing, the experts would silently stay as they were."""
+    saved, other = model(), model()
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    saved.save_pretrained(tmp_path)
+    per_expert = load_file(tmp_path / "model.safetensors")
+    missing, unexpected = other.load_state_dict(per_expert, strict=True)
+    assert not missing
+    assert not unexpected
+    assert_same_state(saved, other)
+
+
+class Documents(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = tokens(32, 12)[index]
+        return {"input_ids": row, "labels": row}
+
+
+class MoveRouterBias(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.update_router_bias()
+
+
+def train(folder: Path, steps: int, resume: Path | None = None, **overrides) -> FathomForCausalLM:
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    arguments = TrainingArguments(**{**settings, **overrides})
+    trainer = Trainer(
+        model(), arguments, train_dataset=Documents(), eval_dataset=Documents(), callbacks=[MoveRouterBias()]
+    )
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer.model
+
+
+def test_resume_restores_experts(tmp_path):
+    """Two steps, a new process' model, two more: bit by bit the weights of four steps in one go."""
+    uninterrupted = train(tmp_path / "whole", 4)
+    train(tmp_path / "half", 2)
+    resumed = train(tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2")
+    assert_same_state(uninterrupted, resumed)
+    assert_same_state(resumed, FathomForCausalLM.from_pretrained(tmp_path / "half" / "checkpoint-4"))
+
+
+def test_best_model_is_restored_with_its_experts(tmp_path):
+    """Looking for the highest loss, so that the first checkpoint is the best one."""
+    restored = train(
+        tmp_path,
+        4,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    assert_same_state(restored, FathomForCausalLM.from_pretrained(tmp_path / "checkpoint-2"))
+    last = FathomForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert not torch.equal(last.model.layers[1].mlp.experts.down_proj, restored.model.layers[1].mlp.experts.down_proj)
+
+
+def test_copies_of_embedding_and_head_in_an_mtp_layer_are_ignored_quietly(tmp_path, caplog, monkeypatch):
+    """Official checkpoints store both with every MTP layer."""
+    saved = model()
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        loaded, info = FathomForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert "embed_tokens" not in caplog.text
+    assert_same_state(saved, loaded)
+
+
+def test_a_missing_tensor_is_no_silence(tmp_path):
+    model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError):
+        FathomForCausalLM.from_pretrained(tmp_path)
+
+
+def test_auto_classes(tmp_path):
+    saved = model()
+    saved.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is FathomConfig
+    for auto_class, model_class in (
+        (AutoModel, FathomModel),
+        (AutoModelForCausalLM, FathomForCausalLM),
+        (AutoModelForSequenceClassification, FathomForSequenceClassification),
+        (AutoModelForTokenClassification, FathomForTokenClassification),
+    ):
+        assert type(auto_class.from_pretrained(tmp_path)) is model_class
+        assert type(auto_class.from_config(saved.config)) is model_class
+    assert_same_state(saved.model, AutoModel.from_pretrained(tmp_path))
+
+
+STRANGER = """
+import sys
+
+class NoFathom:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fathom":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NoFathom())
+
+import torch
+from pathlib import Path
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification)
+
+folder = Path(sys.argv[1])
+tokens = torch.load(folder / "tokens.pt")
+for name, auto in (("AutoModel", AutoModel), ("AutoModelForCausalLM", AutoModelForCausalLM),
+                   ("AutoModelForSequenceClassification", AutoModelForSequenceClassification),
+                   ("AutoModelForTokenClassification", AutoModelForTokenClassification)):
+    saved = folder / name
+    assert AutoConfig.from_pretrained(saved, trust_remote_code=True).model_type == "fathom"
+    model = auto.from_pretrained(saved, trust_remote_code=True).eval()
+    with torch.no_grad():
+        output = model(tokens)
+    result = output.last_hidden_state if name == "AutoModel" else output.logits
+    torch.testing.assert_close(result, torch.load(folder / f"{name}.pt"), atol=1e-6, rtol=0)
+    # The language model's folder serves every Auto class.
+    auto.from_pretrained(folder / "AutoModelForCausalLM", trust_remote_code=True)
+
+lm = AutoModelForCausalLM.from_pretrained(folder / "AutoModelForCausalLM", trust_remote_code=True).eval()
+generated = lm.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
+assert torch.equal(generated, torch.load(folder / "generated.pt"))
+lm.train()(tokens, labels=tokens).loss.backward()
+lm.update_router_bias()
+lm.eval().save_pretrained(folder / "again")
+again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
+assert all(torch.equal(p, q) for p, q in zip(lm.state_dict().values(), again.state_dict().values(), strict=True))
+assert not any(name.split(".")[0] == "fathom" for name in sys.modules)
+print("equal")
+"""
+
+
+def test_code_travels_with_the_weights(tmp_path):
+    """A fresh process that has no fathom: same numbers for all Auto classes, generation, training, saving again."""
+    ids = tokens()
+    torch.save(ids, tmp_path / "tokens.pt")
+    language_model = model()
+    for auto_class, model_class in (
+        (AutoModel, FathomModel),
+        (AutoModelForCausalLM, FathomForCausalLM),
+        (AutoModelForSequenceClassification, FathomForSequenceClassification),
+        (AutoModelForTokenClassification, FathomForTokenClassification),
+    ):
+        folder = tmp_path / auto_class.__name__
+        saved = language_model if model_class is FathomForCausalLM else model_class(config()).eval()
+        saved.save_pretrained(folder)
+        with torch.no_grad():
+            output = saved(ids)
+        torch.save(output.last_hidden_state if model_class is FathomModel else output.logits, f"{folder}.pt")
+    generated = language_model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    torch.save(generated, tmp_path / "generated.pt")
+
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip().endswith("equal")
+    first, again = (sorted(p.name for p in (tmp_path / d).glob("*.py")) for d in ("AutoModelForCausalLM", "again"))
+    assert first == again
+    assert {"configuration_fathom.py", "modeling_fathom.py", "attention.py", "experts.py"} <= set(first)
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }

@@ -1,0 +1,248 @@
+"""Configurations: presets, what cannot work and how to mend it, DeepSeek's own config.json, parameter counts."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from fathom import FathomConfig, FathomForCausalLM
+
+# The release's config.json without `quantization_config` (https://huggingface.co/deepseek-ai/DeepSeek-V3).
+DEEPSEEK_V3_CONFIG_JSON = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def own_fields(config: FathomConfig) -> dict:
+    """The values of the fields that `FathomConfig` itself declares, without transformers' bookkeeping."""
+    inherited = {field.name for field in fields(PreTrainedConfig)} - {"tie_word_embeddings", "bos_token_id"}
+    return {field.name: getattr(config, field.name) for field in fields(FathomConfig) if field.name not in inherited}
+
+
+@pytest.mark.parametrize("size", ["nano", "micro", "small"])
+@pytest.mark.parametrize("generation", ["classic", "v3"])
+def test_every_preset_builds(generation, size):
+    config = FathomConfig.preset(generation, size=size)
+    assert config.generation == generation
+    with torch.device("meta"):
+        counts = FathomForCausalLM(config).parameter_counts()
+    assert 0 < counts["embedding"] < counts["active"] <= counts["total"]
+    assert (counts["mtp"] > 0) == (generation == "v3")
+
+
+WIDTHS = {
+    "v3": ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size"),
+    "classic": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+}
+FIXED = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim", "n_routed_experts", "num_experts_per_tok")
+
+
+@pytest.mark.parametrize("generation", WIDTHS)
+def test_sizes_follow_from_one_dial(generation):
+    """Twice the width has twice the heads, ranks and inner widths; a head, and the number of experts, stay."""
+    one = FathomConfig.preset(generation, size="micro", hidden_size=512)
+    two = FathomConfig.preset(generation, size="micro", hidden_size=1024)
+    for field in WIDTHS[generation]:
+        assert getattr(two, field) == 2 * getattr(one, field), field
+    for field in (*FIXED, "num_hidden_layers", "vocab_size"):
+        assert getattr(two, field) == getattr(one, field), field
+
+
+def test_overrides_win():
+    config = FathomConfig.preset("v3", size="micro", num_experts_per_tok=2, moe_intermediate_size=24, vocab_size=300)
+    assert (config.num_experts_per_tok, config.moe_intermediate_size, config.vocab_size) == (2, 24, 300)
+    assert FathomConfig.preset("v3-671b", num_hidden_layers=5).num_hidden_layers == 5
+
+
+def test_kinds_of_layers():
+    config = FathomConfig.preset("v3", num_hidden_layers=3, num_nextn_predict_layers=2)
+    assert [config.channel_mixer(i) for i in range(5)] == ["dense", "moe", "moe", "moe", "moe"]
+    mixed = FathomConfig.preset("v3", num_hidden_layers=2, channel_mixers=["moe", "dense", "moe"])
+    assert [mixed.channel_mixer(i) for i in range(3)] == ["moe", "dense", "moe"]
+    assert mixed.uses("mla")
+    assert not mixed.uses("mha")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"hidden_size": "256"}, "hidden_size='256' must be a whole number"),
+        ({"hidden_size": 8}, "num_attention_heads=0 must be at least 1"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 must be 0 or more"),
+        (
+            {"token_mixers": ["mla"] * 4},
+            "token_mixers has 4 entries for 4 layers and 1 MTP layers; give one kind, or 5",
+        ),
+        ({"token_mixers": "mlaa"}, "unknown kind 'mlaa' in token_mixers; did you mean mla"),
+        ({"channel_mixers": "mo"}, "unknown kind 'mo' in channel_mixers; did you mean moe"),
+        ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose one for all layers"),
+        ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
+        ({"position_embedding_type": "learned"}, "known: rope, sinusoidal"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not known; known: sigmoid"),
+        ({"topk_method": "greedy"}, "topk_method='greedy' is not known; known: noaux_tc"),
+        ({"hidden_act": "swilu"}, "hidden_act='swilu' is not known; did you mean silu"),
+        ({"hc_mult": 4}, "hc_mult=1"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim=0 must be at least 1"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1"),
+        ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1, or None"),
+        ({"v_head_dim": 0}, "v_head_dim=0 must be at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
+        ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 must be between 1 and n_routed_experts=16"),
+        ({"n_group": 3}, "n_routed_experts=16 must be a multiple of n_group=3"),
+        ({"n_group": 4, "topk_group": 5}, "topk_group=5 must be between 1 and n_group=4"),
+        ({"n_group": 16, "topk_group": 8}, "set n_group to 8 or less"),
+        ({"n_group": 8, "topk_group": 1}, "raise topk_group or lower num_experts_per_tok"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1 must be 0 or more"),
+        ({"pad_token_id": 4096}, "pad_token_id=4096 must be below vocab_size=4096; raise vocab_size"),
+        ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
+        (
+            {"rope_parameters": {"rope_type": "yran", "rope_theta": 1e4}},
+            "rope_type='yran' is not known; did you mean yarn",
+        ),
+        ({"rope_parameters": YARN}, "rope_type='yarn' needs a factor of at least 1 in rope_parameters, not None"),
+        ({"rope_parameters": {**YARN, "factor": 0.5}}, "rope_type='yarn' needs a factor of at least 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_impossible_combinations_say_how_to_mend_them(overrides, says):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below, literally
+        FathomConfig.preset("v3", **overrides)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "num_attention_heads=8 must be a multiple of num_key_v"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
+        (
+            {"num_attention_heads": 512, "head_dim": None},
+            "hidden_size=256 is below num_attention_heads=512; set head_dim",
+        ),
+        ({"position_embedding_type": "rope", "head_dim": 7}, "head_dim=7 must be even"),
+    ],
+)
+def test_impossible_heads(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        FathomConfig.preset("classic", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides", "says"),
+    [
+        (("v33",), {}, "unknown preset 'v33'; did you mean v3"),
+        (("clasic",), {}, "did you mean classic"),
+        (("v3", "nanno"), {}, "unknown size 'nanno' of v3; did you mean nano"),
+        (("v3", "671"), {}, "did you mean 671b"),
+        (("v3",), {"num_hiden_layers": 2}, "no field 'num_hiden_layers'; did you mean num_hidden_layers"),
+    ],
+)
+def test_unknown_names_name_the_nearest(arguments, overrides, says):
+    with pytest.raises(ValueError, match=says):
+        FathomConfig.preset(*arguments, **overrides)
+
+
+def test_zero_switches_off_what_it_weighs():
+    """Whole numbers are as good as fractions: 0 is how these are switched off, in Python and in YAML."""
+    config = FathomConfig.preset("v3", router_bias_update_speed=0, seq_aux_loss_coef=0, mtp_loss_weight=0)
+    assert config.router_bias_update_speed == config.seq_aux_loss_coef == config.mtp_loss_weight == 0
+
+
+def test_official_config_json_is_the_official_preset(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3_CONFIG_JSON))
+    read, preset = FathomConfig.from_pretrained(tmp_path), FathomConfig.preset("v3", size="671b")
+    assert own_fields(preset) == own_fields(FathomConfig.preset("v3-671b"))
+    mine, official = own_fields(preset), own_fields(read)
+    official["rope_parameters"].pop("type", None)  # the older spelling of rope_type, which transformers keeps
+    assert mine == official
+
+
+def test_parameter_counts_are_the_published_ones():
+    """671 B in all and 37 B per token (DeepSeek-V3, arXiv 2412.19437); the MTP module as in README_WEIGHTS.md."""
+    with torch.device("meta"):
+        counts = FathomForCausalLM(FathomConfig.preset("v3-671b")).parameter_counts()
+    billions = {name: round(count / 1e9, 1) for name, count in counts.items()}
+    assert billions == {"total": 671.0, "active": 37.6, "embedding": 1.9, "mtp": 11.6}
+
+
+def test_parameter_counts_by_hand():
+    config = FathomConfig.preset("classic", hidden_size=64, num_hidden_layers=3, vocab_size=97)
+    layer = 4 * 64 * 64 + 2 * 64 * 256 + 2 * 64
+    expected = {"total": 2 * 97 * 64 + 3 * layer + 64, "embedding": 2 * 97 * 64, "mtp": 0}
+    expected["active"] = expected["total"]
+    assert FathomForCausalLM(config).parameter_counts() == expected
+    tied = FathomForCausalLM(FathomConfig.preset("classic", hidden_size=64, vocab_size=97, tie_word_embeddings=True))
+    assert tied.parameter_counts()["embedding"] == 97 * 64
+
+
+@pytest.mark.parametrize("preset", ["classic", "v3", "v3-671b"])
+def test_round_trip(preset, tmp_path: Path):
+    config = FathomConfig.preset(preset, mtp_loss_weight=0.1)
+    config.save_pretrained(tmp_path)
+    for read in (FathomConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(read) is FathomConfig
+        assert own_fields(read) == own_fields(config)
+    # AutoTokenizer and Trainer's resume read config.json by the base class, which has validators of its own.
+    base = PreTrainedConfig.from_pretrained(tmp_path)
+    assert base.num_hidden_layers == config.num_hidden_layers
