@@ -1,0 +1,61 @@
+# Two commands do all the set-up; what they need is Python >= 3.10 and an index to install from:
+#
+#   make demo    trains on this machine's own text and opens the chat; the second time it opens at once
+#   make test    runs the tests; `make lint` the style and the types
+#
+# The virtual environment is .venv, made by uv where it is installed, else by venv and pip (`make demo UV=` asks
+# for pip). It is installed again only when pyproject.toml has changed. TORCH chooses the torch that is installed first:
+#
+#   make demo TORCH=torch==2.13.0
+
+PYTHON ?= python3
+TORCH ?=
+UV ?= $(shell command -v uv)
+# What pytest gets beside the defaults; `make test ARGS=` includes the tests that take minutes.
+ARGS ?= -m "not slow"
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+ifneq ($(UV),)
+make_venv = $(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+install = $(UV) pip install --python $(BIN)/python
+else
+# `pip install --group` came with pip 25.1.
+make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet "pip>=25.1"
+install = $(BIN)/python -m pip install
+endif
+
+.PHONY: help demo test lint
+
+help:
+	@echo "make demo   train on this machine's own text, then chat at http://127.0.0.1:7860"
+	@echo "make test   run the tests"
+	@echo "make lint   check style and types"
+
+demo: $(VENV)/.installed
+	$(BIN)/fathom quickstart
+
+# One torch thread per worker: more would fight over the cores that the workers already fill.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# mypy needs a folder named like the package; the repository itself is the package.
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .types && ln -sfn .. .types/fathom
+	MYPYPATH=.types $(BIN)/mypy -p fathom.modeling -p fathom.tokenizer -p fathom.training -p fathom.demo -p fathom.scripts
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { \
+	  echo "Fathom needs Python >= 3.10; '$(PYTHON)' is $$($(PYTHON) --version 2>&1): name another with make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(make_venv)
+	$(if $(TORCH),$(install) $(TORCH))
+	$(install) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(install) --group dev
+	@touch $@
