@@ -5,6 +5,7 @@ A verb module offers `main(argv) -> int`. `run` gives every verb the same manner
 on stderr and exit code 2, Ctrl-C in exit code 130.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -54,6 +55,10 @@ def main(argv: Sequence[str]) -> int:
     if verb not in VERBS:
         print(f"fathom: error: unknown verb {verb!r}{did_you_mean(verb, VERBS)} (see fathom --help)", file=sys.stderr)
         return 2
+    if not sys.stderr.isatty():
+        # Read when the libraries are imported: in a file or a pipe every step of a progress bar would be a line.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return run(verb, import_module(f".{verb}", __package__).main, rest)
 
 

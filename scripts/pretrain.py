@@ -1,0 +1,120 @@
+"""`fathom pretrain`: trains a model from nothing on a corpus."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training.errors import UserError
+from ..training.options import RunOptions, pairs, typed
+from .arguments import parse
+from .cli import run
+
+
+@dataclass
+class PretrainOptions:
+    """What to train, on what."""
+
+    _argument_group_name = "model and data"
+
+    corpus: str = field(default="runs/corpus", metadata={"help": "folder made by `fathom corpus`"})
+    tokenizer: str = field(default="runs/tokenizer", metadata={"help": "folder made by `fathom tokenizer`"})
+    out: str = field(default="runs/pretrain", metadata={"help": "folder for the model and its checkpoints"})
+    generation: str = field(default="v3", metadata={"help": "classic, v3, or an official model (v3-671b)"})
+    size: str = field(default="nano", metadata={"help": "nano, micro or small"})
+    override: list[str] = field(
+        default_factory=list, metadata={"help": "fields of FathomConfig, as name=value (n_routed_experts=32 ...)"}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "tokens per row"})
+    sample_prompt: str = field(default="def ", metadata={"help": "text to continue after each evaluation"})
+
+
+def main(argv: Sequence[str]) -> int:
+    options, run_options = parse("pretrain", str(__doc__), (PretrainOptions, RunOptions), argv)
+    from ..modeling.modeling_fathom import FathomForCausalLM
+    from ..tokenizer.bpe import token_byte_lengths
+    from ..training.checkpoints import load_tokenizer
+    from ..training.corpus import load_corpus
+    from ..training.packing import collate_rows, pack_documents
+    from ..training.run import (
+        check_out,
+        continuation,
+        device_of_run,
+        refuse_another_config,
+        run_training,
+        start,
+        training_arguments,
+    )
+
+    start(run_options)
+    out = Path(options.out)
+    checkpoint = check_out(out, run_options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    config = build_config(options, tokenizer)
+    refuse_another_config(config, checkpoint)
+    corpus = load_corpus(options.corpus)
+    arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
+
+    with arguments.main_process_first(desc="packing"):
+        rows = {split: pack_documents(corpus[split], tokenizer, options.sequence_length) for split in corpus}
+    model = FathomForCausalLM(config)
+    prompt = [tokenizer.bos_token_id, *tokenizer(options.sample_prompt, add_special_tokens=False)["input_ids"]]
+    report = json.loads((Path(options.corpus) / "corpus.json").read_text(encoding="utf-8"))
+    code = run_training(
+        verb="pretrain",
+        argv=argv,
+        out=out,
+        options=run_options,
+        model=model,
+        tokenizer=tokenizer,
+        token_bytes=token_byte_lengths(tokenizer),
+        train=rows["train"],
+        heldout=rows["heldout"],
+        collator=collate_rows,
+        tokens_per_row=options.sequence_length,
+        arguments=arguments,
+        checkpoint=checkpoint,
+        yardsticks={name: report[f"{name}_bits_per_byte"] for name in ("gzip", "xz")},
+        say=lambda model: continuation(model, tokenizer, prompt, new_tokens=32),
+        facts={"generation": config.generation, "size": options.size, "corpus": report},
+    )
+    if code == 0:
+        print(f"written to {out}\n\nnext: fathom sft --model {out} --out {out.with_name('sft')}")
+    return code
+
+
+def build_config(options: PretrainOptions, tokenizer):
+    """The model's configuration: preset, overrides, and the tokenizer's vocabulary.
+
+    Raises:
+        UserError: unknown preset or field, an impossible combination, or rows longer than the context.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..modeling.configuration_fathom import FathomConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values |= {name: typed(value) for name, value in pairs(options.override, "override").items()}
+    try:
+        config = FathomConfig.preset(options.generation, options.size, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if config.vocab_size < len(tokenizer):
+        raise UserError(f"vocab_size={config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out")
+    if not 8 <= options.sequence_length <= config.max_position_embeddings:
+        raise UserError(
+            f"--sequence_length {options.sequence_length} must be between 8 and the model's context of "
+            f"{config.max_position_embeddings}; for longer rows add --override max_position_embeddings=..."
+        )
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(run("pretrain", main, sys.argv[1:]))

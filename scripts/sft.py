@@ -1,0 +1,114 @@
+"""`fathom sft`: teaches a pretrained model to answer, with a loss on the assistant's words alone.
+
+Several processes: `torchrun --nproc_per_node 2 -m fathom.scripts.sft ...`, or on GPUs
+`accelerate launch --config_file scripts/accelerate/ddp.yaml -m fathom.scripts.sft ...`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..training.errors import UserError
+from ..training.options import RunOptions
+from .arguments import parse
+from .cli import run
+
+
+@dataclass
+class SftOptions:
+    """Which model learns what."""
+
+    _argument_group_name = "model and data"
+
+    model: str = field(default="runs/pretrain", metadata={"help": "pretrained model: folder or Hub name"})
+    data: str = field(
+        default="docstrings",
+        metadata={"help": "docstrings (of the standard library), a chat-format .jsonl or .parquet, or a datasets name"},
+    )
+    out: str = field(default="runs/sft", metadata={"help": "folder for the model and its checkpoints"})
+    sequence_length: int = field(default=256, metadata={"help": "longest conversation, in tokens"})
+
+
+@dataclass
+class SftRunOptions(RunOptions):
+    """As in pretraining, with a smaller learning rate and shorter rows."""
+
+    _argument_group_name = "training"
+
+    steps: int = field(default=300, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=16, metadata={"help": "conversations per step and process, before accumulation"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+
+
+def main(argv: Sequence[str]) -> int:
+    options, run_options = parse("sft", str(__doc__), (SftOptions, SftRunOptions), argv)
+    from functools import partial
+
+    from ..tokenizer.bpe import token_byte_lengths
+    from ..training.checkpoints import load_model, load_tokenizer
+    from ..training.conversations import encode_conversations
+    from ..training.packing import pad_conversations
+    from ..training.questions import load_conversations
+    from ..training.run import (
+        check_out,
+        continuation,
+        device_of_run,
+        read_run,
+        refuse_another_config,
+        run_training,
+        start,
+        training_arguments,
+    )
+
+    start(run_options)
+    out = Path(options.out)
+    checkpoint = check_out(out, run_options)
+    tokenizer = load_tokenizer(options.model)
+    # In fp32 whatever the file holds: AdamW's small steps would be lost in bf16 weights.
+    model = load_model(options.model, dtype="float32")
+    refuse_another_config(model.config, checkpoint)
+    if options.sequence_length > model.config.max_position_embeddings:
+        raise UserError(
+            f"--sequence_length {options.sequence_length} is more than the model's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    conversations = load_conversations(options.data)
+    arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
+
+    with arguments.main_process_first(desc="tokenizing"):
+        rows = {
+            split: encode_conversations(conversations[split], tokenizer, options.sequence_length)
+            for split in ("train", "heldout")
+        }
+    for split, kept in rows.items():
+        if left_out := len(conversations[split]) - len(kept):
+            print(f"left out    {left_out:,} {split} conversations longer than {options.sequence_length} tokens")
+    question = conversations["heldout"][0]["messages"][:-1]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    parent = read_run(Path(options.model))
+    code = run_training(
+        verb="sft",
+        argv=argv,
+        out=out,
+        options=run_options,
+        model=model,
+        tokenizer=tokenizer,
+        token_bytes=token_byte_lengths(tokenizer),
+        train=rows["train"],
+        heldout=rows["heldout"],
+        collator=partial(pad_conversations, pad_token_id=tokenizer.pad_token_id),
+        tokens_per_row=sum(map(len, rows["train"]["input_ids"])) / len(rows["train"]),
+        arguments=arguments,
+        checkpoint=checkpoint,
+        yardsticks={},
+        say=lambda model: f"{question[-1]['content']} -> {continuation(model, tokenizer, prompt, new_tokens=48)}",
+        facts={"generation": model.config.generation, "data": options.data, "parent": parent},
+    )
+    if code == 0:
+        print(f"written to {out}\n\nnext: fathom chat {out}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run("sft", main, sys.argv[1:]))

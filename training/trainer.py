@@ -1,0 +1,252 @@
+"""`FathomTrainer`: transformers' Trainer with what a mixture of experts and an honest report need.
+
+the plain Trainer + RouterBiasCallback()   trains the same weights
+FathomTrainer                              adds the callback by itself, logs MTP loss and expert load, evaluates in
+                                           bits per byte, saves on Ctrl-C, and never loses a checkpoint to a full disk
+"""
+
+import math
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from ..modeling.multi_token_prediction import targets_ahead
+from .checkpoints import TRAINER_STATE, whole_or_nothing
+from .flops import training_flops_per_token
+from .packing import IGNORED
+
+
+class RouterBiasCallback(TrainerCallback):
+    """Moves the routing biases once per optimizer step, whatever the gradient accumulation.
+
+    With the plain Trainer: `Trainer(..., callbacks=[RouterBiasCallback()])`.
+    """
+
+    def __init__(self) -> None:
+        self.load: torch.Tensor | None = None  # [routers, E], summed since it was last taken for the log
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        load = model.update_router_bias() if hasattr(model, "update_router_bias") else None
+        if load is not None:
+            self.load = load if self.load is None else self.load + load
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C (SIGINT) or SIGTERM ends training at the next step boundary, with a checkpoint; a second one at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the two signals over for the duration of the block; Python allows that in the main thread alone."""
+        self.interrupted = False
+        previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\ninterrupted: saving after this step (once more to stop at once)", flush=True)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if dist.is_available() and dist.is_initialized():
+            # A signal reaches the processes at different steps, or only one of them; they must stop at the same.
+            anyone = torch.tensor(float(self.interrupted), device=args.device)
+            dist.all_reduce(anyone, dist.ReduceOp.MAX)
+            self.interrupted = bool(anyone)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+def load_ratio(load: torch.Tensor) -> torch.Tensor:
+    """Tokens of the busiest expert over the mean: [M, E] -> [M]. 1 is perfect balance; MaxVio is this - 1."""
+    return load.max(dim=-1).values / load.mean(dim=-1).clamp(min=1)
+
+
+class FathomTrainer(Trainer):
+    """Trains a Fathom model.
+
+    Args:
+        token_bytes: UTF-8 bytes that each token id stands for (`tokenizer.token_byte_lengths`). With it, evaluation
+            reports `eval_bits_per_byte`.
+        *args, **kwargs: as for transformers' Trainer.
+
+    Logged besides the Trainer's own, as means over all that was seen since the last log: `mtp_loss` (nats per target
+    of the MTP layers), `balance_loss` (per sequence), `expert_load` (busiest expert over mean, averaged over layers).
+    The Trainer's `loss` is the whole training loss, with both of these in it. Evaluation of a language model: `loss`
+    is the next-token cross-entropy in nats per target, exact over the whole set; `targets`, `perplexity`,
+    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`.
+    """
+
+    def __init__(self, *args, token_bytes: list[int] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.router_bias = RouterBiasCallback()
+        self.interrupt = InterruptCallback()
+        self.add_callback(self.router_bias)
+        self.add_callback(self.interrupt)
+        self.token_bytes = None if token_bytes is None else torch.tensor(token_bytes)
+        self._train_sums: dict[str, Any] = defaultdict(float)
+        self._eval_sums: dict[str, Any] = defaultdict(float)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last `train()` was ended by a signal."""
+        return self.interrupt.interrupted
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        with self.interrupt.listening():
+            if isinstance(resume_from_checkpoint, str) and not self.is_fsdp_enabled:
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE))
+                # The Trainer looks at the number of steps after a step, so it would take one too many.
+                if state.global_step >= self.args.max_steps > 0:
+                    self.state = state
+                    self._load_from_checkpoint(resume_from_checkpoint)
+                    return TrainOutput(state.global_step, 0.0, {})
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Taken now: with label smoothing, the Trainer takes the labels out of the inputs.
+        labels, position_ids = inputs.get("labels"), inputs.get("position_ids")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and (mtp_loss := getattr(outputs, "mtp_loss", None)) is not None:
+            targets = self._mtp_targets(labels, position_ids)
+            # A mean, unless the number of targets of the whole optimizer step was given to divide the sum by.
+            divisor = targets if num_items_in_batch is None else num_items_in_batch
+            self._train_sums["mtp_nats"] += mtp_loss.detach().float() * divisor
+            self._train_sums["mtp_targets"] += targets
+        if model.training and (balance_loss := getattr(outputs, "balance_loss", None)) is not None:
+            self._train_sums["balance"] += balance_loss.detach().float() * len(labels)
+            self._train_sums["rows"] += len(labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _mtp_targets(self, labels: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """How many targets the MTP layers have in labels [B, T], mean over their depths."""
+        if position_ids is None:
+            position_ids = torch.arange(labels.shape[1], device=labels.device).unsqueeze(0)
+        depths = self.model.config.num_nextn_predict_layers
+        targets = [targets_ahead(labels, position_ids, depth) for depth in range(1, depths + 1)]
+        return (torch.stack(targets) != IGNORED).sum() / depths
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._training_metrics())
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        """Means since the last log. All ranks log at the same steps, so collective calls are safe here."""
+        metrics = {}
+        names = sorted(self._train_sums)
+        totals = [torch.as_tensor(self._train_sums[name], device=self.args.device).float() for name in names]
+        sums = dict(zip(names, self.accelerator.reduce(torch.stack(totals), "sum"), strict=True)) if names else {}
+        self._train_sums.clear()
+        for name, total, count in (("mtp_loss", "mtp_nats", "mtp_targets"), ("balance_loss", "balance", "rows")):
+            if count in sums:
+                metrics[name] = (sums[total] / sums[count].clamp(min=1)).item()
+        if self.router_bias.load is not None and self.router_bias.load.any():
+            metrics["expert_load"] = load_ratio(self.router_bias.load).mean().item()
+        self.router_bias.load = None
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        ids = inputs["input_ids"]
+        return int(training_flops_per_token(self.accelerator.unwrap_model(self.model), ids.shape[1]) * ids.numel())
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices alone: no decay of norms, biases and whatever else has fewer than two dimensions."""
+        decayed = set(super().get_decay_parameter_names(model))
+        return [name for name, parameter in model.named_parameters() if name in decayed and parameter.dim() > 1]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._eval_sums.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._eval_metrics().items()}
+        return EvalLoopOutput(
+            output.predictions, output.label_ids, {**(output.metrics or {}), **metrics}, output.num_samples
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # Of Fathom's models the language model alone drafts; a classifier is evaluated as the Trainer does it.
+        is_language_model = hasattr(self.model, "multi_token_prediction")
+        if not prediction_loss_only or "labels" not in inputs or not is_language_model:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        rows = self._rows_to_count(len(inputs["labels"]))
+        # A rank that has none left runs one all the same: a sharded model needs all ranks.
+        inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # Divided by 1, the losses are sums, and sums over batches of any size can be added up.
+            outputs = model(**inputs, num_items_in_batch=1)
+        if rows == 0:
+            return None, None, None
+        labels = inputs["labels"]
+        targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+        sums = {"nats": outputs.loss, "targets": torch.tensor(float(len(targets)))}
+        if self.token_bytes is not None:
+            sums["bytes"] = self.token_bytes.to(targets.device)[targets].sum()
+        if outputs.mtp_loss is not None:
+            sums["mtp_nats"] = outputs.mtp_loss
+            sums["mtp_targets"] = self._mtp_targets(labels, inputs.get("position_ids"))
+        if outputs.expert_counts is not None:
+            sums["load"] = outputs.expert_counts
+        for name, value in sums.items():
+            self._eval_sums[name] += value.detach().cpu().double()
+        return None, None, None
+
+    def _rows_to_count(self, rows: int) -> int:
+        """How many of this batch's rows come first here, and were not read again to give all ranks equal batches.
+
+        The ranks' last batches, one behind the other, hold `remainder` rows and then repeated ones, as in accelerate's
+        `gather_for_metrics`.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self.args.process_index * rows, 0), rows)
+
+    def _eval_metrics(self) -> dict[str, float]:
+        sums: dict[str, Any] = defaultdict(float)
+        for of_one_rank in gather_object([dict(self._eval_sums)]):
+            for name, value in of_one_rank.items():
+                sums[name] += value
+        if not sums:
+            return {}
+        loss = float(sums["nats"] / sums["targets"].clamp(min=1))
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 100.0)), "targets": int(sums["targets"])}
+        if "bytes" in sums:
+            metrics["bits_per_byte"] = float(sums["nats"] / sums["bytes"].clamp(min=1)) / math.log(2)
+        if "mtp_nats" in sums:
+            metrics["mtp_loss"] = float(sums["mtp_nats"] / sums["mtp_targets"].clamp(min=1))
+        if "load" in sums:
+            ratio = load_ratio(sums["load"])
+            metrics["expert_load"] = ratio.mean().item()
+            metrics["expert_load_worst_layer"] = ratio.max().item()
+        return metrics
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with whole_or_nothing(folder) if self.args.should_save else nullcontext():
+            super()._save_checkpoint(model, trial)
+
+
+__all__ = ["FathomTrainer", "InterruptCallback", "RouterBiasCallback", "TrainingArguments", "load_ratio"]
