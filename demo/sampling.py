@@ -14,7 +14,7 @@ class Sampling:
 
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of one answer (clipped to the context)."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes used tokens rarer; 1 is off."})
-    temperature: float = field(default=0.7, metadata={"help": "Divides the logits; 0 takes the most likely token."})
+    temperature: float = field(default=0.3, metadata={"help": "Divides the logits; 0 takes the most likely token."})
     top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens; 0 is off."})
     top_p: float = field(default=0.95, metadata={"help": "Sample from the tokens that hold this share; 1 is off."})
 

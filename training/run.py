@@ -307,7 +307,7 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
-        temperature=0.7,
+        temperature=0.3,
         top_p=0.95,
         max_new_tokens=256,
     )
