@@ -16,12 +16,12 @@ class RunOptions:
 
     _argument_group_name = "training"
 
-    steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    steps: int = field(default=1150, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "rows per forward pass and process"})
     accumulation: int = field(default=1, metadata={"help": "forward and backward passes per optimizer step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
     warmup_steps: int = field(default=20, metadata={"help": "steps of linear warm-up, at most half of all"})
-    decay_share: float = field(default=0.6, metadata={"help": "share of the steps, at the end, over which it decays"})
+    decay_share: float = field(default=0.4, metadata={"help": "share of the steps, at the end, over which it decays"})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay of matrices"})
     precision: str = field(
         default="auto",

@@ -95,7 +95,7 @@ def refuse_another_config(config, checkpoint: Path | None) -> None:
 def training_arguments(
     out: Path, options: RunOptions, device: torch.device, checkpoint: Path | None
 ) -> TrainingArguments:
-    """transformers' TrainingArguments of a run: AdamW, warm-up, constant, then linear decay to zero (WSD).
+    """transformers' TrainingArguments of a run: AdamW, warm-up, constant, then cosine decay to a tenth (WSD).
 
     Args:
         checkpoint: to resume from, in the precision it was trained in so far.
@@ -119,7 +119,7 @@ def training_arguments(
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {
             "num_decay_steps": min(max(int(options.steps * options.decay_share), 1), options.steps - warmup),
-            "min_lr_ratio": 0.0,
+            "min_lr_ratio": 0.1,
         },
         "warmup_steps": warmup,
         "weight_decay": options.weight_decay,
