@@ -27,7 +27,7 @@ class QuickstartOptions:
     sources: list[str] = field(default_factory=lambda: ["stdlib"], metadata={"help": "text, as for `fathom corpus`"})
     generation: str = field(default="v3", metadata={"help": "classic or v3"})
     vocab_size: int = field(default=2048, metadata={"help": "ids of the tokenizer"})
-    pretrain_steps: int = field(default=1150, metadata={"help": "optimizer steps of pretraining"})
+    pretrain_steps: int = field(default=1000, metadata={"help": "optimizer steps of pretraining"})
     sft_steps: int = field(default=300, metadata={"help": "optimizer steps of fine-tuning"})
     batch_size: int = field(default=8, metadata={"help": "rows of 256 tokens per pretraining step"})
     port: int = field(default=7860, metadata={"help": "port of the chat, on 127.0.0.1"})

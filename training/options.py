@@ -16,7 +16,7 @@ class RunOptions:
 
     _argument_group_name = "training"
 
-    steps: int = field(default=1150, metadata={"help": "optimizer steps"})
+    steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "rows per forward pass and process"})
     accumulation: int = field(default=1, metadata={"help": "forward and backward passes per optimizer step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
