@@ -4,15 +4,17 @@
     channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE)
     residual          `hc_mult`           1 = plain residual stream
 
-Field names are those of DeepSeek's and transformers' own config.json files, so that an official DeepSeek-V3
-`config.json` reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one dial.
+Field names are those of DeepSeek's and transformers' own config.json files, so that an official `config.json`
+(DeepSeekMoE, V2, V3) reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one dial.
 
-Sources: DeepSeek-V2 (arXiv 2405.04434) for MLA, DeepSeekMoE (arXiv 2401.06066), DeepSeek-V3 (arXiv 2412.19437)
-for sigmoid routing, the routing bias and multi-token prediction, Vaswani et al. (arXiv 1706.03762) for `classic`.
+Sources: DeepSeekMoE (arXiv 2401.06066), DeepSeek-V2 (arXiv 2405.04434) for MLA and routing within groups, DeepSeek-V3
+(arXiv 2412.19437) for sigmoid routing, the routing bias and multi-token prediction, Vaswani et al. (arXiv 1706.03762)
+for `classic`.
 """
 
 from dataclasses import fields
 from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -48,6 +50,55 @@ def _classic(width: int) -> dict:
     }
 
 
+# What the generations before V3 share: softmax routing kept even by an auxiliary loss, and no MTP layers.
+_BEFORE_V3: dict[str, Any] = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "router_bias_update_speed": 0.0,
+    "seq_aux_loss_coef": 0.0,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def _moe(width: int) -> dict:
+    """DeepSeekMoE: multi-head attention with rotary halves, fine-grained experts, two of them shared."""
+    return {
+        **_BEFORE_V3,
+        "token_mixers": "mha",
+        "rope_interleave": False,
+        "num_attention_heads": width // 64,
+        "head_dim": 64,
+        "intermediate_size": 3 * width,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": width // 2,
+        "aux_loss_alpha": 0.001,
+    }
+
+
+def _v2(width: int) -> dict:
+    """DeepSeek-V2: MLA, and experts chosen within the best groups."""
+    return {
+        **_moe(width),
+        "token_mixers": "mla",
+        "rope_interleave": True,
+        "q_lora_rank": 3 * width // 8,
+        "kv_lora_rank": width // 4,
+        "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 64,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+    }
+
+
 def _v3(width: int) -> dict:
     """DeepSeek-V3: MLA, fine-grained experts with one shared, sigmoid routing with a bias, one MTP layer."""
     return {
@@ -72,24 +123,95 @@ def _v3(width: int) -> dict:
     }
 
 
-GENERATIONS = {"classic": _classic, "v3": _v3}
+GENERATIONS = {"classic": _classic, "moe": _moe, "v2": _v2, "v3": _v3}
 
-# DeepSeek-V3 section 4.2 and the release's config.json. The defaults of `FathomConfig` are its other fields.
+
+def _yarn(mscale: float) -> dict:
+    """The rotary settings of all releases with MLA: 4096 positions stretched to 40 times as many."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+        "original_max_position_embeddings": 4096,
+    }
+
+
+_V2_RELEASE: dict[str, Any] = {
+    **_BEFORE_V3,
+    "generation": "v2",
+    "vocab_size": 102400,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "pad_token_id": None,
+    "max_position_embeddings": 163840,
+    "rope_parameters": _yarn(0.707),
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "aux_loss_alpha": 0.001,
+}
+
+# The releases' config.json; DeepSeekMoE table 1, DeepSeek-V2 section 3.1 and appendix B, DeepSeek-V3 section 4.2.
+# The defaults of `FathomConfig` are V3's other fields.
 OFFICIAL = {
+    "moe-16b": {
+        **_BEFORE_V3,
+        "generation": "moe",
+        "token_mixers": "mha",
+        "rope_interleave": False,
+        "vocab_size": 102400,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+        "pad_token_id": None,
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 10944,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "aux_loss_alpha": 0.001,
+    },
+    "v2-lite": {
+        **_V2_RELEASE,
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "q_lora_rank": None,
+        "intermediate_size": 10944,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1408,
+    },
+    "v2-236b": {
+        **_V2_RELEASE,
+        "hidden_size": 5120,
+        "num_hidden_layers": 60,
+        "intermediate_size": 12288,
+        "n_routed_experts": 160,
+        "moe_intermediate_size": 1536,
+        "topk_method": "group_limited_greedy",
+        "n_group": 8,
+        "topk_group": 3,
+        "routed_scaling_factor": 16.0,
+    },
     "v3-671b": {
         "generation": "v3",
         "max_position_embeddings": 163840,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 40.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
+        "rope_parameters": _yarn(1.0),
     },
+}
+
+# What a config.json of another `model_type` leaves unsaid, because that model knows no other way.
+UNSAID: dict[str, dict[str, Any]] = {
+    "deepseek": {**_BEFORE_V3, "generation": "moe", "token_mixers": "mha", "rope_interleave": False},
+    "deepseek_v2": {**_BEFORE_V3, "generation": "v2", "token_mixers": "mla"},
+    "deepseek_v3": {"generation": "v3", "token_mixers": "mla"},
 }
 
 
@@ -114,10 +236,17 @@ class FathomConfig(PreTrainedConfig):
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
-        n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups.
-        norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights.
-        router_bias_update_speed: step of the routing bias per optimizer step (auxiliary-loss-free balancing).
+        moe_layer_freq: 1; other schedules are written as a list in `channel_mixers`.
+        scoring_func: affinity of a token to the experts, `sigmoid` or `softmax`.
+        topk_method: `greedy`, `group_limited_greedy` (a group counts by its best expert) or `noaux_tc` (by its best
+            two, and with a routing bias).
+        n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups; not with `greedy`.
+        norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights. As in DeepSeek's
+            code, the greedy methods scale only weights that they have not normalised.
+        router_bias_update_speed: step of the routing bias of `noaux_tc` per optimizer step.
         seq_aux_loss_coef: weight of the sequence-wise balance loss (V3 eq. 17).
+        aux_loss_alpha, seq_aux: weight of the expert-level balance loss (DeepSeekMoE eq. 12), and whether it is taken
+            per sequence or over all tokens of the batch.
         num_nextn_predict_layers: multi-token-prediction layers, stored as `model.layers.{num_hidden_layers + k}`.
         mtp_loss_weight: weight of their mean loss in training (V3 section 2.2: 0.3, later 0.1).
 
@@ -177,6 +306,7 @@ class FathomConfig(PreTrainedConfig):
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 2048
+    moe_layer_freq: int = 1
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     n_group: int = 8
@@ -185,6 +315,8 @@ class FathomConfig(PreTrainedConfig):
     routed_scaling_factor: float | int = 2.5
     router_bias_update_speed: float | int = 0.001
     seq_aux_loss_coef: float | int = 0.0001
+    aux_loss_alpha: float | int = 0.0
+    seq_aux: bool = True
     output_router_logits: bool = False
 
     num_nextn_predict_layers: int = 1
@@ -210,11 +342,25 @@ class FathomConfig(PreTrainedConfig):
         self._check()
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
+        unsaid = UNSAID.get(config_dict.get("model_type", ""))
+        if unsaid is None:
+            return super().from_dict(config_dict, **kwargs)
+        said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
+        # Kept, it would hide our own from transformers' search for a checkpoint layout.
+        del said["model_type"]
+        if unsaid["generation"] == "v3":
+            # A leftover of V2 in V3's files; the training balanced by a bias and `seq_aux_loss_coef`.
+            said.pop("aux_loss_alpha", None)
+        return super().from_dict({**unsaid, **said}, **kwargs)
+
+    @classmethod
     def preset(cls, generation: str, size: str = "nano", **overrides) -> "FathomConfig":
         """The configuration of a generation at a size, e.g. `preset("v3")` or `preset("v3", size="671b")`.
 
         Args:
-            generation: `classic` or `v3`, or an official model by its full name (`v3-671b`).
+            generation: `classic`, `moe`, `v2` or `v3`, or an official model by its full name (`v2-lite`).
             size: `nano` (seconds on a CPU), `micro`, `small`, or an official size of that generation.
             **overrides: any field of `FathomConfig`.
 
@@ -285,8 +431,8 @@ class FathomConfig(PreTrainedConfig):
         """Raises on what cannot work, before a model is built from it."""
         for field, known in (
             ("position_embedding_type", ("rope", "sinusoidal")),
-            ("scoring_func", ("sigmoid",)),
-            ("topk_method", ("noaux_tc",)),
+            ("scoring_func", ("sigmoid", "softmax")),
+            ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
             ("hidden_act", tuple(ACT2FN)),
         ):
             value = getattr(self, field)
@@ -344,14 +490,25 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_moe(self) -> None:
         self._check_positive("moe_intermediate_size")
-        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
         if not 1 <= chosen <= experts:
             raise ValueError(f"num_experts_per_tok={chosen} must be between 1 and n_routed_experts={experts}")
+        if self.moe_layer_freq != 1:
+            raise ValueError(
+                f"moe_layer_freq={self.moe_layer_freq} must be 1; list each layer's kind in channel_mixers instead"
+            )
+        if self.n_shared_experts < 0:
+            raise ValueError(f"n_shared_experts={self.n_shared_experts} must be 0 or more")
+        if self.topk_method != "greedy":
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts={experts} must be a multiple of n_group={groups}")
         if not 1 <= kept <= groups:
             raise ValueError(f"topk_group={kept} must be between 1 and n_group={groups}")
-        if groups > 1 and experts // groups < 2:
+        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
             raise ValueError(
                 f"n_group={groups} leaves {experts // groups} expert per group, but a group is scored by its best two; "
                 f"set n_group to {experts // 2} or less"
@@ -361,8 +518,6 @@ class FathomConfig(PreTrainedConfig):
                 f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
-        if self.n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts={self.n_shared_experts} must be 0 or more")
 
 
 def _nearest(name: str, known) -> str:
