@@ -1,15 +1,17 @@
 """Configuration of every Fathom model: a DeepSeek generation is a choice on three independent axes.
 
-    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention)
+    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention),
+                                          dsa (mla over the keys that an indexer selects)
     channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE)
     residual          `hc_mult`           1 = plain residual stream
 
 Field names are those of DeepSeek's and transformers' own config.json files, so that an official `config.json`
-(DeepSeekMoE, V2, V3) reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one dial.
+(DeepSeekMoE, V2, V3, V3.2) reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one
+dial.
 
 Sources: DeepSeekMoE (arXiv 2401.06066), DeepSeek-V2 (arXiv 2405.04434) for MLA and routing within groups, DeepSeek-V3
-(arXiv 2412.19437) for sigmoid routing, the routing bias and multi-token prediction, Vaswani et al. (arXiv 1706.03762)
-for `classic`.
+(arXiv 2412.19437) for sigmoid routing, the routing bias and multi-token prediction, DeepSeek-V3.2 (arXiv 2512.02556)
+for sparse attention, Vaswani et al. (arXiv 1706.03762) for `classic`.
 """
 
 from dataclasses import fields
@@ -21,7 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-TOKEN_MIXERS = ("mha", "mla")
+TOKEN_MIXERS = ("mha", "mla", "dsa")
 CHANNEL_MIXERS = ("dense", "moe")
 
 # What transformers takes in a config's constructor besides its fields.
@@ -123,7 +125,18 @@ def _v3(width: int) -> dict:
     }
 
 
-GENERATIONS = {"classic": _classic, "moe": _moe, "v2": _v2, "v3": _v3}
+def _v32(width: int) -> dict:
+    """DeepSeek-V3.2: V3 with sparse attention. Small indexer heads, but many: with few, most scores are 0."""
+    return {
+        **_v3(width),
+        "token_mixers": "dsa",
+        "index_n_heads": 32,
+        "index_head_dim": 32,
+        "index_topk": 128,
+    }
+
+
+GENERATIONS = {"classic": _classic, "moe": _moe, "v2": _v2, "v3": _v3, "v3.2": _v32}
 
 
 def _yarn(mscale: float) -> dict:
@@ -155,8 +168,8 @@ _V2_RELEASE: dict[str, Any] = {
     "aux_loss_alpha": 0.001,
 }
 
-# The releases' config.json; DeepSeekMoE table 1, DeepSeek-V2 section 3.1 and appendix B, DeepSeek-V3 section 4.2.
-# The defaults of `FathomConfig` are V3's other fields.
+# The releases' config.json; DeepSeekMoE table 1, DeepSeek-V2 section 3.1 and appendix B, DeepSeek-V3 section 4.2;
+# V3.2 differs from V3 by its indexers alone. The defaults of `FathomConfig` are V3's other fields.
 OFFICIAL = {
     "moe-16b": {
         **_BEFORE_V3,
@@ -205,13 +218,20 @@ OFFICIAL = {
         "max_position_embeddings": 163840,
         "rope_parameters": _yarn(1.0),
     },
+    "v3.2-671b": {
+        "generation": "v3.2",
+        "token_mixers": "dsa",
+        "max_position_embeddings": 163840,
+        "rope_parameters": _yarn(1.0),
+    },
 }
 
 # What a config.json of another `model_type` leaves unsaid, because that model knows no other way.
 UNSAID: dict[str, dict[str, Any]] = {
     "deepseek": {**_BEFORE_V3, "generation": "moe", "token_mixers": "mha", "rope_interleave": False},
     "deepseek_v2": {**_BEFORE_V3, "generation": "v2", "token_mixers": "mla"},
-    "deepseek_v3": {"generation": "v3", "token_mixers": "mla"},
+    "deepseek_v3": {"generation": "v3", "token_mixers": "mla", "num_nextn_predict_layers": 0},
+    "deepseek_v32": {"generation": "v3.2", "token_mixers": "dsa", "num_nextn_predict_layers": 0},
 }
 
 
@@ -221,7 +241,7 @@ class FathomConfig(PreTrainedConfig):
 
     Args:
         generation: name of the DeepSeek generation, for people; the model is built from the fields below alone.
-        token_mixers: `mha` or `mla` for every layer, or a list with one entry per layer (MTP layers last).
+        token_mixers: `mha`, `mla` or `dsa` for every layer, or a list with one entry per layer (MTP layers last).
         channel_mixers: `dense` or `moe` for every layer, or such a list. `None`: the first `first_k_dense_replace`
             layers are dense, the others `moe`.
         hc_mult: number of residual streams; 1 is the plain residual connection.
@@ -229,10 +249,12 @@ class FathomConfig(PreTrainedConfig):
         hidden_size, intermediate_size: width of the residual stream and of a dense feed-forward network.
         mlp_gated: dense networks are SwiGLU-like `down(act(gate x) * up x)`; `False`: `down(act(up x))`.
         num_hidden_layers: main layers, without MTP layers.
-        num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for `mla`
+        num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for the others
             `head_dim` is the rotary width, which is what transformers' rotary code expects).
         q_lora_rank, kv_lora_rank: widths of the compressed queries (`None`: not compressed) and keys/values.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of MLA.
+        index_n_heads, index_head_dim, index_topk: heads of the indexer of `dsa`, their width, and how many keys it
+            selects for a query.
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
@@ -291,6 +313,9 @@ class FathomConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     position_embedding_type: str = "rope"
@@ -334,7 +359,7 @@ class FathomConfig(PreTrainedConfig):
         self._check_layers()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.uses("mla"):
+        if self.uses("mla") or self.uses("dsa"):
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -350,7 +375,12 @@ class FathomConfig(PreTrainedConfig):
         said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
         # Kept, it would hide our own from transformers' search for a checkpoint layout.
         del said["model_type"]
-        if unsaid["generation"] == "v3":
+        # transformers' own schedules; ours are `token_mixers` and `channel_mixers`.
+        said.pop("layer_types", None)
+        if kinds := said.pop("mlp_layer_types", None):
+            mtp_layers = said.get("num_nextn_predict_layers", 0)
+            said["channel_mixers"] = ["dense" if kind == "dense" else "moe" for kind in kinds] + ["moe"] * mtp_layers
+        if unsaid["generation"] in ("v3", "v3.2"):
             # A leftover of V2 in V3's files; the training balanced by a bias and `seq_aux_loss_coef`.
             said.pop("aux_loss_alpha", None)
         return super().from_dict({**unsaid, **said}, **kwargs)
@@ -360,7 +390,7 @@ class FathomConfig(PreTrainedConfig):
         """The configuration of a generation at a size, e.g. `preset("v3")` or `preset("v3", size="671b")`.
 
         Args:
-            generation: `classic`, `moe`, `v2` or `v3`, or an official model by its full name (`v2-lite`).
+            generation: `classic`, `moe`, `v2`, `v3` or `v3.2`, or an official model by its full name (`v2-lite`).
             size: `nano` (seconds on a CPU), `micro`, `small`, or an official size of that generation.
             **overrides: any field of `FathomConfig`.
 
@@ -449,8 +479,10 @@ class FathomConfig(PreTrainedConfig):
             self._check_rope()
         if self.hc_mult != 1:
             raise ValueError(f"hc_mult={self.hc_mult}: only the plain residual stream (hc_mult=1) is known")
-        if self.uses("mla"):
+        if self.uses("mla") or self.uses("dsa"):
             self._check_mla()
+        if self.uses("dsa"):
+            self._check_indexer()
         if self.uses("mha"):
             self._check_mha()
         if self.uses("dense"):
@@ -469,14 +501,28 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_mla(self) -> None:
         if self.position_embedding_type != "rope":
-            raise ValueError("token_mixers 'mla' rotates part of each head; set position_embedding_type='rope'")
+            raise ValueError(
+                "token_mixers 'mla' and 'dsa' rotate part of each head; set position_embedding_type='rope'"
+            )
         self._check_positive("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or None: uncompressed")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary dimensions come in pairs")
         if self.uses("mha"):
-            raise ValueError("mha and mla layers in one model would need two rotary widths; choose one for all layers")
+            raise ValueError(
+                "mha layers beside mla or dsa layers would need two rotary widths; choose mha for all layers, or none"
+            )
+
+    def _check_indexer(self) -> None:
+        self._check_positive("index_n_heads", "index_head_dim", "index_topk")
+        if self.q_lora_rank is None:
+            raise ValueError("token_mixers 'dsa' selects by compressed queries; set q_lora_rank, or use 'mla'")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"index_head_dim={self.index_head_dim} must be at least qk_rope_head_dim={self.qk_rope_head_dim}, "
+                f"the part of it that is rotated"
+            )
 
     def _check_mha(self) -> None:
         self._check_positive("num_key_value_heads")

@@ -43,6 +43,7 @@ from .experts import RoutedExperts, TopKRouter
 from .multi_token_prediction import MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
+from .sparse_attention import LightningIndexer
 
 
 @dataclass
@@ -109,9 +110,22 @@ class FathomPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: FathomConfig, *args, **kwargs):
+        if config.uses("dsa"):
+            # A choice of keys per query is a mask, which these backends cannot be given as a tensor.
+            self._supports_flash_attn = self._supports_flex_attn = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which makes every loaded parameter trainable: the indexers are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, LightningIndexer):
+                module.requires_grad_(False)
+        return loaded
 
     # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
     @classmethod

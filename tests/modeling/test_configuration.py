@@ -74,14 +74,14 @@ def own_fields(config: FathomConfig) -> dict:
 
 
 @pytest.mark.parametrize("size", ["nano", "micro", "small"])
-@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3"])
+@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2"])
 def test_every_preset_builds(generation, size):
     config = FathomConfig.preset(generation, size=size)
     assert config.generation == generation
     with torch.device("meta"):
         counts = FathomForCausalLM(config).parameter_counts()
     assert 0 < counts["embedding"] < counts["active"] <= counts["total"]
-    assert (counts["mtp"] > 0) == (generation == "v3")
+    assert (counts["mtp"] > 0) == (generation in ("v3", "v3.2"))
 
 
 WIDTHS = {
@@ -135,7 +135,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
         ),
         ({"token_mixers": "mlaa"}, "unknown kind 'mlaa' in token_mixers; did you mean mla"),
         ({"channel_mixers": "mo"}, "unknown kind 'mo' in channel_mixers; did you mean moe"),
-        ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose one for all layers"),
+        ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose mha for all layers, or none"),
         ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
         ({"position_embedding_type": "learned"}, "known: rope, sinusoidal"),
         ({"scoring_func": "softmx"}, "scoring_func='softmx' is not known; did you mean softmax?; known: sigmoid, soft"),
@@ -231,6 +231,8 @@ PUBLISHED = {
     "v2-236b": {"total": 235.7, "active": 21.4, "embedding": 1.0, "mtp": 0.0},
     # DeepSeek-V3: 671 B and 37 B, without the input embedding; the MTP module as in README_WEIGHTS.md.
     "v3-671b": {"total": 671.0, "active": 37.6, "embedding": 1.9, "mtp": 11.6},
+    # V3 and 61 indexers of 1536 * 64 * 128 + 7168 * (128 + 64) + 2 * 128 = 14.0 million.
+    "v3.2-671b": {"total": 671.9, "active": 38.4, "embedding": 1.9, "mtp": 11.6},
 }
 
 
@@ -239,6 +241,48 @@ def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         counts = FathomForCausalLM(FathomConfig.preset(name)).parameter_counts()
     assert {kind: round(count / 1e9, 1) for kind, count in counts.items()} == PUBLISHED[name]
+
+
+# The release's config.json is V3's but for these (https://huggingface.co/deepseek-ai/DeepSeek-V3.2-Exp).
+DEEPSEEK_V32_CONFIG_JSON = {
+    **DEEPSEEK_V3_CONFIG_JSON,
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
+
+
+def test_v32_config_json_is_the_official_preset(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V32_CONFIG_JSON))
+    read = FathomConfig.from_pretrained(tmp_path)
+    read.rope_parameters.pop("type", None)
+    assert own_fields(read) == own_fields(FathomConfig.preset("v3.2", size="671b"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"q_lora_rank": None}, "token_mixers 'dsa' selects by compressed queries; set q_lora_rank, or use 'mla'"),
+        ({"index_head_dim": 8}, "index_head_dim=8 must be at least qk_rope_head_dim=16"),
+        ({"index_topk": 0}, "index_topk=0 must be at least 1"),
+        ({"index_n_heads": 0}, "index_n_heads=0 must be at least 1"),
+        ({"token_mixers": ["dsa", "mha", "dsa", "dsa", "dsa"]}, "choose mha for all layers, or none"),
+    ],
+    ids=str,
+)
+def test_impossible_indexers(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        FathomConfig.preset("v3.2", **overrides)
+
+
+def test_sparse_and_dense_layers_in_one_model():
+    config = FathomConfig.preset("v3.2", token_mixers=["mla", "dsa", "mla", "dsa", "mla"])
+    assert config.head_dim == config.qk_rope_head_dim
+    with torch.device("meta"):
+        layers = FathomForCausalLM(config).model.layers
+    assert [hasattr(layer.self_attn, "indexer") for layer in layers] == [False, True, False, True, False]
 
 
 def test_parameter_counts_by_hand():
@@ -344,7 +388,7 @@ def test_earlier_config_json_is_the_official_preset(official, preset, tmp_path: 
     assert read.model_type == "fathom"
 
 
-@pytest.mark.parametrize("preset", ["classic", "moe", "v2", "v2-236b", "v3", "v3-671b"])
+@pytest.mark.parametrize("preset", ["classic", "moe", "v2", "v2-236b", "v3", "v3-671b", "v3.2", "v3.2-671b"])
 def test_round_trip(preset, tmp_path: Path):
     config = FathomConfig.preset(preset, mtp_loss_weight=0.1)
     config.save_pretrained(tmp_path)
