@@ -1,25 +1,29 @@
 """Configuration of every Fathom model: a DeepSeek generation is a choice on three independent axes.
 
-    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention)
+    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention),
+                                          dsa (mla over the keys that an indexer selects)
     channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE)
     residual          `hc_mult`           1 = plain residual stream
 
-Field names are those of DeepSeek's and transformers' own config.json files, so that an official DeepSeek-V3
-`config.json` reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one dial.
+Field names are those of DeepSeek's and transformers' own config.json files, so that an official `config.json`
+(DeepSeekMoE, V2, V3, V3.2) reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one
+dial.
 
-Sources: DeepSeek-V2 (arXiv 2405.04434) for MLA, DeepSeekMoE (arXiv 2401.06066), DeepSeek-V3 (arXiv 2412.19437)
-for sigmoid routing, the routing bias and multi-token prediction, Vaswani et al. (arXiv 1706.03762) for `classic`.
+Sources: DeepSeekMoE (arXiv 2401.06066), DeepSeek-V2 (arXiv 2405.04434) for MLA and routing within groups, DeepSeek-V3
+(arXiv 2412.19437) for sigmoid routing, the routing bias and multi-token prediction, DeepSeek-V3.2 (arXiv 2512.02556)
+for sparse attention, Vaswani et al. (arXiv 1706.03762) for `classic`.
 """
 
 from dataclasses import fields
 from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-TOKEN_MIXERS = ("mha", "mla")
+TOKEN_MIXERS = ("mha", "mla", "dsa")
 CHANNEL_MIXERS = ("dense", "moe")
 
 # What transformers takes in a config's constructor besides its fields.
@@ -48,6 +52,55 @@ def _classic(width: int) -> dict:
     }
 
 
+# What the generations before V3 share: softmax routing kept even by an auxiliary loss, and no MTP layers.
+_BEFORE_V3: dict[str, Any] = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "router_bias_update_speed": 0.0,
+    "seq_aux_loss_coef": 0.0,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def _moe(width: int) -> dict:
+    """DeepSeekMoE: multi-head attention with rotary halves, fine-grained experts, two of them shared."""
+    return {
+        **_BEFORE_V3,
+        "token_mixers": "mha",
+        "rope_interleave": False,
+        "num_attention_heads": width // 64,
+        "head_dim": 64,
+        "intermediate_size": 3 * width,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": width // 2,
+        "aux_loss_alpha": 0.001,
+    }
+
+
+def _v2(width: int) -> dict:
+    """DeepSeek-V2: MLA, and experts chosen within the best groups."""
+    return {
+        **_moe(width),
+        "token_mixers": "mla",
+        "rope_interleave": True,
+        "q_lora_rank": 3 * width // 8,
+        "kv_lora_rank": width // 4,
+        "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 64,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+    }
+
+
 def _v3(width: int) -> dict:
     """DeepSeek-V3: MLA, fine-grained experts with one shared, sigmoid routing with a bias, one MTP layer."""
     return {
@@ -72,24 +125,113 @@ def _v3(width: int) -> dict:
     }
 
 
-GENERATIONS = {"classic": _classic, "v3": _v3}
+def _v32(width: int) -> dict:
+    """DeepSeek-V3.2: V3 with sparse attention. Small indexer heads, but many: with few, most scores are 0."""
+    return {
+        **_v3(width),
+        "token_mixers": "dsa",
+        "index_n_heads": 32,
+        "index_head_dim": 32,
+        "index_topk": 128,
+    }
 
-# DeepSeek-V3 section 4.2 and the release's config.json. The defaults of `FathomConfig` are its other fields.
+
+GENERATIONS = {"classic": _classic, "moe": _moe, "v2": _v2, "v3": _v3, "v3.2": _v32}
+
+
+def _yarn(mscale: float) -> dict:
+    """The rotary settings of all releases with MLA: 4096 positions stretched to 40 times as many."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+        "original_max_position_embeddings": 4096,
+    }
+
+
+_V2_RELEASE: dict[str, Any] = {
+    **_BEFORE_V3,
+    "generation": "v2",
+    "vocab_size": 102400,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "pad_token_id": None,
+    "max_position_embeddings": 163840,
+    "rope_parameters": _yarn(0.707),
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "aux_loss_alpha": 0.001,
+}
+
+# The releases' config.json; DeepSeekMoE table 1, DeepSeek-V2 section 3.1 and appendix B, DeepSeek-V3 section 4.2;
+# V3.2 differs from V3 by its indexers alone. The defaults of `FathomConfig` are V3's other fields.
 OFFICIAL = {
+    "moe-16b": {
+        **_BEFORE_V3,
+        "generation": "moe",
+        "token_mixers": "mha",
+        "rope_interleave": False,
+        "vocab_size": 102400,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+        "pad_token_id": None,
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 10944,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "aux_loss_alpha": 0.001,
+    },
+    "v2-lite": {
+        **_V2_RELEASE,
+        "hidden_size": 2048,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "q_lora_rank": None,
+        "intermediate_size": 10944,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1408,
+    },
+    "v2-236b": {
+        **_V2_RELEASE,
+        "hidden_size": 5120,
+        "num_hidden_layers": 60,
+        "intermediate_size": 12288,
+        "n_routed_experts": 160,
+        "moe_intermediate_size": 1536,
+        "topk_method": "group_limited_greedy",
+        "n_group": 8,
+        "topk_group": 3,
+        "routed_scaling_factor": 16.0,
+    },
     "v3-671b": {
         "generation": "v3",
         "max_position_embeddings": 163840,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 40.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
+        "rope_parameters": _yarn(1.0),
     },
+    "v3.2-671b": {
+        "generation": "v3.2",
+        "token_mixers": "dsa",
+        "max_position_embeddings": 163840,
+        "rope_parameters": _yarn(1.0),
+    },
+}
+
+# What a config.json of another `model_type` leaves unsaid, because that model knows no other way.
+UNSAID: dict[str, dict[str, Any]] = {
+    "deepseek": {**_BEFORE_V3, "generation": "moe", "token_mixers": "mha", "rope_interleave": False},
+    "deepseek_v2": {**_BEFORE_V3, "generation": "v2", "token_mixers": "mla"},
+    "deepseek_v3": {"generation": "v3", "token_mixers": "mla", "num_nextn_predict_layers": 0},
+    "deepseek_v32": {"generation": "v3.2", "token_mixers": "dsa", "num_nextn_predict_layers": 0},
 }
 
 
@@ -99,7 +241,7 @@ class FathomConfig(PreTrainedConfig):
 
     Args:
         generation: name of the DeepSeek generation, for people; the model is built from the fields below alone.
-        token_mixers: `mha` or `mla` for every layer, or a list with one entry per layer (MTP layers last).
+        token_mixers: `mha`, `mla` or `dsa` for every layer, or a list with one entry per layer (MTP layers last).
         channel_mixers: `dense` or `moe` for every layer, or such a list. `None`: the first `first_k_dense_replace`
             layers are dense, the others `moe`.
         hc_mult: number of residual streams; 1 is the plain residual connection.
@@ -107,17 +249,26 @@ class FathomConfig(PreTrainedConfig):
         hidden_size, intermediate_size: width of the residual stream and of a dense feed-forward network.
         mlp_gated: dense networks are SwiGLU-like `down(act(gate x) * up x)`; `False`: `down(act(up x))`.
         num_hidden_layers: main layers, without MTP layers.
-        num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for `mla`
+        num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for the others
             `head_dim` is the rotary width, which is what transformers' rotary code expects).
         q_lora_rank, kv_lora_rank: widths of the compressed queries (`None`: not compressed) and keys/values.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of MLA.
+        index_n_heads, index_head_dim, index_topk: heads of the indexer of `dsa`, their width, and how many keys it
+            selects for a query.
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
-        n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups.
-        norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights.
-        router_bias_update_speed: step of the routing bias per optimizer step (auxiliary-loss-free balancing).
+        moe_layer_freq: 1; other schedules are written as a list in `channel_mixers`.
+        scoring_func: affinity of a token to the experts, `sigmoid` or `softmax`.
+        topk_method: `greedy`, `group_limited_greedy` (a group counts by its best expert) or `noaux_tc` (by its best
+            two, and with a routing bias).
+        n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups; not with `greedy`.
+        norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights. As in DeepSeek's
+            code, the greedy methods scale only weights that they have not normalised.
+        router_bias_update_speed: step of the routing bias of `noaux_tc` per optimizer step.
         seq_aux_loss_coef: weight of the sequence-wise balance loss (V3 eq. 17).
+        aux_loss_alpha, seq_aux: weight of the expert-level balance loss (DeepSeekMoE eq. 12), and whether it is taken
+            per sequence or over all tokens of the batch.
         num_nextn_predict_layers: multi-token-prediction layers, stored as `model.layers.{num_hidden_layers + k}`.
         mtp_loss_weight: weight of their mean loss in training (V3 section 2.2: 0.3, later 0.1).
 
@@ -162,6 +313,9 @@ class FathomConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     position_embedding_type: str = "rope"
@@ -177,6 +331,7 @@ class FathomConfig(PreTrainedConfig):
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 2048
+    moe_layer_freq: int = 1
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
     n_group: int = 8
@@ -185,6 +340,8 @@ class FathomConfig(PreTrainedConfig):
     routed_scaling_factor: float | int = 2.5
     router_bias_update_speed: float | int = 0.001
     seq_aux_loss_coef: float | int = 0.0001
+    aux_loss_alpha: float | int = 0.0
+    seq_aux: bool = True
     output_router_logits: bool = False
 
     num_nextn_predict_layers: int = 1
@@ -202,7 +359,7 @@ class FathomConfig(PreTrainedConfig):
         self._check_layers()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.uses("mla"):
+        if self.uses("mla") or self.uses("dsa"):
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -210,11 +367,30 @@ class FathomConfig(PreTrainedConfig):
         self._check()
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
+        unsaid = UNSAID.get(config_dict.get("model_type", ""))
+        if unsaid is None:
+            return super().from_dict(config_dict, **kwargs)
+        said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
+        # Kept, it would hide our own from transformers' search for a checkpoint layout.
+        del said["model_type"]
+        # transformers' own schedules; ours are `token_mixers` and `channel_mixers`.
+        said.pop("layer_types", None)
+        if kinds := said.pop("mlp_layer_types", None):
+            mtp_layers = said.get("num_nextn_predict_layers", 0)
+            said["channel_mixers"] = ["dense" if kind == "dense" else "moe" for kind in kinds] + ["moe"] * mtp_layers
+        if unsaid["generation"] in ("v3", "v3.2"):
+            # A leftover of V2 in V3's files; the training balanced by a bias and `seq_aux_loss_coef`.
+            said.pop("aux_loss_alpha", None)
+        return super().from_dict({**unsaid, **said}, **kwargs)
+
+    @classmethod
     def preset(cls, generation: str, size: str = "nano", **overrides) -> "FathomConfig":
         """The configuration of a generation at a size, e.g. `preset("v3")` or `preset("v3", size="671b")`.
 
         Args:
-            generation: `classic` or `v3`, or an official model by its full name (`v3-671b`).
+            generation: `classic`, `moe`, `v2`, `v3` or `v3.2`, or an official model by its full name (`v2-lite`).
             size: `nano` (seconds on a CPU), `micro`, `small`, or an official size of that generation.
             **overrides: any field of `FathomConfig`.
 
@@ -285,8 +461,8 @@ class FathomConfig(PreTrainedConfig):
         """Raises on what cannot work, before a model is built from it."""
         for field, known in (
             ("position_embedding_type", ("rope", "sinusoidal")),
-            ("scoring_func", ("sigmoid",)),
-            ("topk_method", ("noaux_tc",)),
+            ("scoring_func", ("sigmoid", "softmax")),
+            ("topk_method", ("greedy", "group_limited_greedy", "noaux_tc")),
             ("hidden_act", tuple(ACT2FN)),
         ):
             value = getattr(self, field)
@@ -303,8 +479,10 @@ class FathomConfig(PreTrainedConfig):
             self._check_rope()
         if self.hc_mult != 1:
             raise ValueError(f"hc_mult={self.hc_mult}: only the plain residual stream (hc_mult=1) is known")
-        if self.uses("mla"):
+        if self.uses("mla") or self.uses("dsa"):
             self._check_mla()
+        if self.uses("dsa"):
+            self._check_indexer()
         if self.uses("mha"):
             self._check_mha()
         if self.uses("dense"):
@@ -323,14 +501,28 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_mla(self) -> None:
         if self.position_embedding_type != "rope":
-            raise ValueError("token_mixers 'mla' rotates part of each head; set position_embedding_type='rope'")
+            raise ValueError(
+                "token_mixers 'mla' and 'dsa' rotate part of each head; set position_embedding_type='rope'"
+            )
         self._check_positive("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or None: uncompressed")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary dimensions come in pairs")
         if self.uses("mha"):
-            raise ValueError("mha and mla layers in one model would need two rotary widths; choose one for all layers")
+            raise ValueError(
+                "mha layers beside mla or dsa layers would need two rotary widths; choose mha for all layers, or none"
+            )
+
+    def _check_indexer(self) -> None:
+        self._check_positive("index_n_heads", "index_head_dim", "index_topk")
+        if self.q_lora_rank is None:
+            raise ValueError("token_mixers 'dsa' selects by compressed queries; set q_lora_rank, or use 'mla'")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"index_head_dim={self.index_head_dim} must be at least qk_rope_head_dim={self.qk_rope_head_dim}, "
+                f"the part of it that is rotated"
+            )
 
     def _check_mha(self) -> None:
         self._check_positive("num_key_value_heads")
@@ -344,14 +536,25 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_moe(self) -> None:
         self._check_positive("moe_intermediate_size")
-        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
         if not 1 <= chosen <= experts:
             raise ValueError(f"num_experts_per_tok={chosen} must be between 1 and n_routed_experts={experts}")
+        if self.moe_layer_freq != 1:
+            raise ValueError(
+                f"moe_layer_freq={self.moe_layer_freq} must be 1; list each layer's kind in channel_mixers instead"
+            )
+        if self.n_shared_experts < 0:
+            raise ValueError(f"n_shared_experts={self.n_shared_experts} must be 0 or more")
+        if self.topk_method != "greedy":
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts={experts} must be a multiple of n_group={groups}")
         if not 1 <= kept <= groups:
             raise ValueError(f"topk_group={kept} must be between 1 and n_group={groups}")
-        if groups > 1 and experts // groups < 2:
+        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
             raise ValueError(
                 f"n_group={groups} leaves {experts // groups} expert per group, but a group is scored by its best two; "
                 f"set n_group to {experts // 2} or less"
@@ -361,8 +564,6 @@ class FathomConfig(PreTrainedConfig):
                 f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
-        if self.n_shared_experts < 0:
-            raise ValueError(f"n_shared_experts={self.n_shared_experts} must be 0 or more")
 
 
 def _nearest(name: str, known) -> str:

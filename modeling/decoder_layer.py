@@ -15,8 +15,13 @@ from .experts import MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
+from .sparse_attention import DeepseekSparseAttention
 
-TOKEN_MIXERS: dict[str, type[nn.Module]] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}
+TOKEN_MIXERS: dict[str, type[nn.Module]] = {
+    "mha": MultiHeadAttention,
+    "mla": MultiHeadLatentAttention,
+    "dsa": DeepseekSparseAttention,
+}
 CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"dense": DenseChannelMixer, "moe": MixtureOfExperts}
 
 

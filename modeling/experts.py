@@ -2,17 +2,27 @@
 
     y = sum_{i chosen} g_i FFN_i(x) + FFN_shared(x)
 
-DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2) chooses by a biased score and weighs by the unbiased one:
+Three ways to choose (`topk_method`) and two of scoring (`scoring_func`) make the routers of the generations:
 
-    s = sigmoid(W x);  z = s + b;  keep the groups with the largest sum of their two best z;  I = top-k of z there
-    g_i = scale * s_i / sum_{j in I} s_j
+    DeepSeekMoE  greedy                s = softmax(W x);  I = top-k of s
+    V2           group_limited_greedy  s = softmax(W x);  keep the groups with the best expert;  I = top-k of s there
+    V3           noaux_tc              s = sigmoid(W x);  z = s + b;  keep the groups with the largest sum of their
+                                       two best z;  I = top-k of z there
+    g_i = scale * s_i  or  s_i / sum_{j in I} s_j,  and in V3 scale * s_i / sum_{j in I} s_j
 
-The bias b has no gradient. Once per optimizer step it moves by a fixed speed towards equal load (arXiv 2408.15664):
+V3's bias b (arXiv 2412.19437, section 2.1.2) chooses and does not weigh. It has no gradient: once per optimizer step
+it moves by a fixed speed towards equal load (arXiv 2408.15664),
 
     b_i += speed * sign(mean(c) - c_i),   c_i = tokens sent to expert i since the last step, over all ranks
 
+Before V3 a loss keeps the load even (DeepSeekMoE, eqs 12-14): `alpha * sum_i f_i P_i`, f the share of tokens that an
+expert gets and P its mean score.
+
 Shapes: B batch, T tokens per sequence, N = B T tokens, E routed experts, K chosen experts per token, d width.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +33,32 @@ from transformers.integrations import use_experts_implementation
 from .feed_forward import FeedForward
 from .precision import KeepsFloat32Buffers
 
+SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+}
+
 
 class TopKRouter(KeepsFloat32Buffers):
-    """Chooses K experts per token, in fp32, and holds the routing bias and the load since its last update."""
+    """Chooses K experts per token, in fp32, and holds the load since its last update and, if any, the routing bias."""
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
-        self.n_group = config.n_group
+        biased = config.topk_method == "noaux_tc"
+        self.affinities = SCORING[config.scoring_func]
+        self.n_group = 1 if config.topk_method == "greedy" else config.n_group
         self.topk_group = config.topk_group
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
+        self.group_top = 2 if biased else 1
+        self.norm_topk_prob = config.norm_topk_prob and (biased or self.top_k > 1)
+        # `MoEGate` of DeepSeek-V2's modeling_deepseek.py scales or normalises, that of DeepSeek-V3's does both.
+        self.routed_scaling_factor = config.routed_scaling_factor if biased or not self.norm_topk_prob else 1.0
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+        bias = torch.zeros(self.num_experts, dtype=torch.float32) if biased else None
+        self.register_buffer("e_score_correction_bias", bias)
         # No buffer: DDP would overwrite it with rank 0's counts at every forward.
         self.expert_load: torch.Tensor | None = None
 
@@ -45,8 +67,8 @@ class TopKRouter(KeepsFloat32Buffers):
         # Autocast would compute the product in bf16, and near ties would be routed by rounding.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
-        scores = logits.sigmoid()
-        biased = scores + self.e_score_correction_bias
+        scores = self.affinities(logits)
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         if self.n_group > 1:
             biased = self._keep_best_groups(biased)
         indices = biased.topk(self.top_k, dim=-1, sorted=False).indices  # [N, K]
@@ -56,9 +78,9 @@ class TopKRouter(KeepsFloat32Buffers):
         return logits, weights * self.routed_scaling_factor, indices
 
     def _keep_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
-        """Sets the scores of all but `topk_group` groups to -inf; a group counts by the sum of its two best."""
+        """Sets the scores of all but `topk_group` groups to -inf; a group counts by its best, or its best two."""
         grouped = biased.unflatten(-1, (self.n_group, -1))  # [N, groups, E / groups]
-        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        group_scores = grouped.topk(self.group_top, dim=-1).values.sum(dim=-1)
         best = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
         return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
@@ -73,7 +95,8 @@ class TopKRouter(KeepsFloat32Buffers):
     @torch.no_grad()
     def update_bias(self, load: torch.Tensor, speed: float) -> None:
         """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E]."""
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 
 
 @use_experts_implementation
@@ -165,6 +188,8 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.seq_aux_loss_coef = config.seq_aux_loss_coef
+        self.aux_loss_alpha = config.aux_loss_alpha
+        self.seq_aux = config.seq_aux
         self.gate = TopKRouter(config)
         self.experts = DeviceAwareExperts(config)
         self.shared_experts = (
@@ -183,7 +208,7 @@ class MixtureOfExperts(nn.Module):
             token_mask: [B, T], True for real tokens; padding is routed but not counted. None: all are real.
 
         Returns:
-            Output [B, T, d]; tokens per expert [E] (fp32); weighted sequence-wise balance loss, in training only.
+            Output [B, T, d]; tokens per expert [E] (fp32); weighted balance losses, in training only.
         """
         tokens = hidden_states.flatten(0, 1)  # [N, d]
         logits, weights, indices = self.gate(tokens)
@@ -192,12 +217,27 @@ class MixtureOfExperts(nn.Module):
             output = output + self.shared_experts(hidden_states)
 
         batch = hidden_states.shape[0]
-        counts = count_tokens(indices.unflatten(0, (batch, -1)), self.gate.num_experts, token_mask).sum(dim=0)
+        indices = indices.unflatten(0, (batch, -1))
+        counts = count_tokens(indices, self.gate.num_experts, token_mask).sum(dim=0)
         balance_loss = None
-        if self.training and self.seq_aux_loss_coef:
-            scores = logits.sigmoid().unflatten(0, (batch, -1))
-            balance_loss = self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+        if self.training and (self.seq_aux_loss_coef or self.aux_loss_alpha):
+            scores = self.gate.affinities(logits).unflatten(0, (batch, -1))
+            balance_loss = self.balance_loss(scores, indices, token_mask)
         return output, counts, balance_loss
+
+    def balance_loss(
+        self, scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weighted losses that are switched on, for affinities [B, T, E] and chosen experts [B, T, K]."""
+        loss = scores.new_zeros(())
+        if self.seq_aux_loss_coef:
+            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+        if self.aux_loss_alpha:
+            if not self.seq_aux:  # the whole batch as one sequence
+                scores, indices = scores.flatten(0, 1).unsqueeze(0), indices.flatten(0, 1).unsqueeze(0)
+                token_mask = None if token_mask is None else token_mask.flatten().unsqueeze(0)
+            loss = loss + self.aux_loss_alpha * expert_balance_loss(scores, indices, token_mask)
+        return loss
 
 
 def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -209,21 +249,35 @@ def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tens
     return counts.scatter_add_(1, indices.flatten(1), chosen.flatten(1))
 
 
+def expert_balance_loss(
+    scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """DeepSeekMoE's expert-level balance loss (arXiv 2401.06066, eqs 12-14), mean over sequences.
+
+    `sum_i f_i P_i` with `f_i = E / (K T) * tokens sent to expert i` (without gradient) and `P_i` the mean over tokens
+    of the scores normalised to 1 (softmax scores are so already). It is 1 when all experts are equally loaded.
+
+    Args:
+        scores: non-negative affinities [B, T, E].
+        indices: chosen experts [B, T, K].
+        token_mask: [B, T], True for real tokens. None: all are real.
+    """
+    mask = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B, T]
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+    counts = count_tokens(indices, scores.shape[-1], token_mask)
+    fraction = counts * scores.shape[-1] / (indices.shape[-1] * length)  # [B, E]
+    normalised = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * mask.unsqueeze(-1)
+    return (fraction * normalised.sum(dim=1) / length).sum(dim=-1).mean()
+
+
 def sequence_balance_loss(scores: torch.Tensor, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eqs 17-20), mean over sequences.
 
-    `sum_i f_i P_i` with `f_i = E / (K T) * tokens that have expert i among their K largest scores` (without the
-    bias, and without gradient) and `P_i` the mean over tokens of the scores normalised to 1. It is 1 when all
-    experts are equally loaded.
+    The expert-level loss of tokens sent to their K largest scores, as if there were no bias and no groups.
 
     Args:
         scores: non-negative affinities [B, T, E].
         top_k: K.
         token_mask: [B, T], True for real tokens. None: all are real.
     """
-    mask = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B, T]
-    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
-    counts = count_tokens(scores.topk(top_k, dim=-1).indices, scores.shape[-1], token_mask)
-    fraction = counts * scores.shape[-1] / (top_k * length)  # [B, E]
-    normalised = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * mask.unsqueeze(-1)
-    return (fraction * normalised.sum(dim=1) / length).sum(dim=-1).mean()
+    return expert_balance_loss(scores, scores.topk(top_k, dim=-1).indices, token_mask)

@@ -43,6 +43,7 @@ from .experts import RoutedExperts, TopKRouter
 from .multi_token_prediction import MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
+from .sparse_attention import LightningIndexer
 
 
 @dataclass
@@ -54,7 +55,7 @@ class FathomModelOutput(ModelOutput):
         past_key_values: the cache, where one is used.
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
         expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
-        balance_loss: sum over layers of the weighted sequence-wise balance loss; in training only.
+        balance_loss: sum over layers of the weighted balance losses; in training only.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -109,9 +110,22 @@ class FathomPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: FathomConfig, *args, **kwargs):
+        if config.uses("dsa"):
+            # A choice of keys per query is a mask, which these backends cannot be given as a tensor.
+            self._supports_flash_attn = self._supports_flex_attn = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which makes every loaded parameter trainable: the indexers are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, LightningIndexer):
+                module.requires_grad_(False)
+        return loaded
 
     # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
     @classmethod
@@ -135,7 +149,8 @@ class FathomPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, TopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -154,7 +169,8 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
-            (that of an MTP layer, where no labels were given) has load 0 and its bias stays.
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. Greedy routers have no
+            bias; their load is reported all the same.
         """
         routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
         if not routers:
@@ -162,7 +178,9 @@ class FathomPreTrainedModel(PreTrainedModel):
         # Zeros instead of an early return: on another rank the same router may have counted.
         load = torch.stack(
             [
-                torch.zeros_like(router.e_score_correction_bias) if router.expert_load is None else router.expert_load
+                torch.zeros(router.num_experts, device=router.weight.device)
+                if router.expert_load is None
+                else router.expert_load
                 for router in routers
             ]
         )
