@@ -2,7 +2,7 @@
 
     token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention)
     channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE)
-    residual          `hc_mult`           1 = plain residual stream
+    residual          `hc_mult`           1 = plain residual stream, n > 1 = hyper-connections between n streams
 
 Field names are those of DeepSeek's and transformers' own config.json files, so that an official DeepSeek-V3
 `config.json` reads unchanged. `FathomConfig.preset("v3", size="nano")` derives a whole model from one dial.
@@ -103,6 +103,7 @@ class FathomConfig(PreTrainedConfig):
         channel_mixers: `dense` or `moe` for every layer, or such a list. `None`: the first `first_k_dense_replace`
             layers are dense, the others `moe`.
         hc_mult: number of residual streams; 1 is the plain residual connection.
+        hc_sinkhorn_iters, hc_eps: steps and numerical floor of the projection on doubly stochastic matrices.
         position_embedding_type: `rope` (rotary) or `sinusoidal` (added to the embeddings; `mha` only).
         hidden_size, intermediate_size: width of the residual stream and of a dense feed-forward network.
         mlp_gated: dense networks are SwiGLU-like `down(act(gate x) * up x)`; `False`: `down(act(up x))`.
@@ -151,6 +152,8 @@ class FathomConfig(PreTrainedConfig):
     hidden_size: int = 7168
     num_hidden_layers: int = 61
     hc_mult: int = 1
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
     max_position_embeddings: int = 4096
 
     token_mixers: str | list[str] = "mla"
@@ -259,7 +262,12 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_layers(self) -> None:
         self._check_positive(
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "hc_mult",
         )
         if self.num_nextn_predict_layers < 0:
             raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or more")
@@ -301,8 +309,10 @@ class FathomConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1")
         if self.position_embedding_type == "rope":
             self._check_rope()
-        if self.hc_mult != 1:
-            raise ValueError(f"hc_mult={self.hc_mult}: only the plain residual stream (hc_mult=1) is known")
+        if self.hc_mult > 1:
+            self._check_positive("hc_sinkhorn_iters")
+            if self.hc_eps <= 0:
+                raise ValueError(f"hc_eps={self.hc_eps} must be above 0")
         if self.uses("mla"):
             self._check_mla()
         if self.uses("mha"):

@@ -40,7 +40,8 @@ from .attention import FathomAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import RoutedExperts, TopKRouter
-from .multi_token_prediction import MultiTokenPredictionLayer, look_ahead, targets_ahead
+from .hyper_connections import HyperConnection, StreamCollapse, split_streams
+from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
 
@@ -55,6 +56,8 @@ class FathomModelOutput(ModelOutput):
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
         expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
         balance_loss: sum over layers of the weighted sequence-wise balance loss; in training only.
+        final_states: what MTP layers continue from: `last_hidden_state`, or with n > 1 residual streams the streams
+            [B, T, n, d] before they are collapsed.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -64,6 +67,7 @@ class FathomModelOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     expert_counts: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    final_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -139,6 +143,8 @@ class FathomPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, HyperConnection | StreamCollapse):
+            module.reset_parameters(std)
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
@@ -205,6 +211,7 @@ class FathomModel(FathomPreTrainedModel):
             [FathomDecoderLayer(config, i) for i in range(last)]
             + [MultiTokenPredictionLayer(config, i) for i in range(last, last + config.num_nextn_predict_layers)]
         )
+        self.hc_head = StreamCollapse(config) if config.hc_mult > 1 else nn.Identity()
         self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = FathomRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.gradient_checkpointing = False
@@ -247,6 +254,7 @@ class FathomModel(FathomPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
+        hidden_states = split_streams(hidden_states, self.config.hc_mult)
         outputs: list[LayerOutput] = []
         for layer in self.layers[: self.config.num_hidden_layers]:
             output = LayerOutput(*layer(hidden_states, past_key_values=past_key_values, **layer_inputs, **kwargs))
@@ -254,11 +262,13 @@ class FathomModel(FathomPreTrainedModel):
             outputs.append(output)
 
         expert_counts, balance_loss = self.collect_routing(outputs)
+        last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             expert_counts=expert_counts,
             balance_loss=balance_loss,
+            final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
 
     def layer_inputs(
@@ -297,7 +307,9 @@ class FathomModel(FathomPreTrainedModel):
         width = inputs_embeds.shape[-1]
         return inputs_embeds * width**0.5 + sinusoidal_positions(position_ids, width).to(inputs_embeds.dtype)
 
-    def collect_routing(self, outputs: list[LayerOutput]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def collect_routing(
+        self, outputs: list[LayerOutput] | list[DraftOutput]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Stacks the layers' expert counts [M, E] and adds their balance losses; None where there are none."""
         counts = [output.expert_counts for output in outputs if output.expert_counts is not None]
         losses = [output.balance_loss for output in outputs if output.balance_loss is not None]
@@ -359,7 +371,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
                 embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
                 mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
-                    hidden_states, embeds, attention_mask, position_ids, labels, **kwargs
+                    outputs.final_states, embeds, attention_mask, position_ids, labels, **kwargs
                 )
                 if self.training and mtp_counts is not None:
                     expert_counts = mtp_counts if expert_counts is None else torch.cat((expert_counts, mtp_counts))
@@ -387,25 +399,25 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def multi_token_prediction(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         labels: torch.Tensor,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the MTP layers on the main model's output [B, T, d].
+        """Runs the MTP layers on the main model's `final_states`.
 
         Returns:
             Mean cross-entropy over the depths; expert counts of the MTP layers [depths, E]; their balance loss.
         """
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
-        outputs: list[LayerOutput] = []
+        outputs: list[DraftOutput] = []
         losses: list[torch.Tensor] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
-            output = LayerOutput(*layer(hidden_states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
-            hidden_states = output.hidden_states
+            output = DraftOutput(*layer(states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
+            states = output.states
             outputs.append(output)
             targets = targets_ahead(labels, position_ids, depth)
             num_items = kwargs.get("num_items_in_batch")
@@ -414,7 +426,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 num_items = (targets != -100).sum().clamp(min=1)
             losses.append(
                 self.loss_function(
-                    logits=self.lm_head(hidden_states),
+                    logits=self.lm_head(output.predicted),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,
