@@ -1,7 +1,7 @@
 """Configuration of every Fathom model: a DeepSeek generation is a choice on three independent axes.
 
     token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention)
-    channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE)
+    channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE), hash (routed by token id)
     residual          `hc_mult`           1 = plain residual stream, n > 1 = hyper-connections between n streams
 
 Field names are those of DeepSeek's and transformers' own config.json files, so that an official DeepSeek-V3
@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 TOKEN_MIXERS = ("mha", "mla")
-CHANNEL_MIXERS = ("dense", "moe")
+CHANNEL_MIXERS = ("dense", "moe", "hash")
 
 # What transformers takes in a config's constructor besides its fields.
 TRANSFORMERS_ARGUMENTS = ("attn_implementation", "experts_implementation", "num_labels", "output_attentions")
@@ -100,12 +100,13 @@ class FathomConfig(PreTrainedConfig):
     Args:
         generation: name of the DeepSeek generation, for people; the model is built from the fields below alone.
         token_mixers: `mha` or `mla` for every layer, or a list with one entry per layer (MTP layers last).
-        channel_mixers: `dense` or `moe` for every layer, or such a list. `None`: the first `first_k_dense_replace`
-            layers are dense, the others `moe`.
+        channel_mixers: `dense`, `moe` or `hash` for every layer, or such a list. `None`: the first `num_hash_layers`
+            layers are `hash`, those of the first `first_k_dense_replace` that are not are dense, the others `moe`.
         hc_mult: number of residual streams; 1 is the plain residual connection.
         hc_sinkhorn_iters, hc_eps: steps and numerical floor of the projection on doubly stochastic matrices.
         position_embedding_type: `rope` (rotary) or `sinusoidal` (added to the embeddings; `mha` only).
         hidden_size, intermediate_size: width of the residual stream and of a dense feed-forward network.
+        swiglu_limit: bound on the gate (from above) and on the other input (both sides) of gated networks.
         mlp_gated: dense networks are SwiGLU-like `down(act(gate x) * up x)`; `False`: `down(act(up x))`.
         num_hidden_layers: main layers, without MTP layers.
         num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for `mla`
@@ -115,6 +116,7 @@ class FathomConfig(PreTrainedConfig):
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
+        scoring_func: affinity of a token to an expert: `sigmoid`, or `sqrtsoftplus`, `sqrt(softplus(x))`.
         n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups.
         norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights.
         router_bias_update_speed: step of the routing bias per optimizer step (auxiliary-loss-free balancing).
@@ -172,10 +174,12 @@ class FathomConfig(PreTrainedConfig):
     rope_interleave: bool = True
 
     channel_mixers: str | list[str] | None = None
+    num_hash_layers: int = 0
     first_k_dense_replace: int = 3
     intermediate_size: int = 18432
     hidden_act: str = "silu"
     mlp_gated: bool = True
+    swiglu_limit: float | int | None = None
     n_routed_experts: int = 256
     n_shared_experts: int = 1
     num_experts_per_tok: int = 8
@@ -252,6 +256,8 @@ class FathomConfig(PreTrainedConfig):
     def channel_mixer(self, layer_idx: int) -> str:
         """Kind of channel mixing of `model.layers.{layer_idx}`, MTP layers included."""
         if self.channel_mixers is None:
+            if layer_idx < self.num_hash_layers:
+                return "hash"
             return "dense" if layer_idx < self.first_k_dense_replace else "moe"
         return self.channel_mixers if isinstance(self.channel_mixers, str) else self.channel_mixers[layer_idx]
 
@@ -293,7 +299,7 @@ class FathomConfig(PreTrainedConfig):
         """Raises on what cannot work, before a model is built from it."""
         for field, known in (
             ("position_embedding_type", ("rope", "sinusoidal")),
-            ("scoring_func", ("sigmoid",)),
+            ("scoring_func", ("sigmoid", "sqrtsoftplus")),
             ("topk_method", ("noaux_tc",)),
             ("hidden_act", tuple(ACT2FN)),
         ):
@@ -319,8 +325,10 @@ class FathomConfig(PreTrainedConfig):
             self._check_mha()
         if self.uses("dense"):
             self._check_positive("intermediate_size")
-        if self.uses("moe"):
+        if self.uses("moe") or self.uses("hash"):
             self._check_moe()
+        if self.swiglu_limit is not None and self.swiglu_limit <= 0:
+            raise ValueError(f"swiglu_limit={self.swiglu_limit} must be above 0, or None: no limit")
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters or {}

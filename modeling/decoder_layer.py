@@ -11,14 +11,18 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
-from .experts import MixtureOfExperts
+from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
 
 TOKEN_MIXERS: dict[str, type[nn.Module]] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}
-CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"dense": DenseChannelMixer, "moe": MixtureOfExperts}
+CHANNEL_MIXERS: dict[str, type[nn.Module]] = {
+    "dense": DenseChannelMixer,
+    "moe": MixtureOfExperts,
+    "hash": HashMixtureOfExperts,
+}
 
 
 def connection(config) -> nn.Module:
@@ -38,7 +42,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.self_attn = TOKEN_MIXERS[config.token_mixer(layer_idx)](config, layer_idx)
-        self.mlp = CHANNEL_MIXERS[config.channel_mixer(layer_idx)](config)
+        self.mlp = CHANNEL_MIXERS[config.channel_mixer(layer_idx)](config, layer_idx)
         self.input_layernorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attn_hc = connection(config)
@@ -51,12 +55,14 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         token_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> LayerOutput:
         """Residual stream [B, T, d] (or streams [B, T, n, d]) in and out.
 
         Args:
             token_mask: [B, T], True for tokens that are no padding. None: all are real.
+            input_ids: [B, T], for channel mixers that route by token id.
             position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
         """
         mixer_input, mixing = self.attn_hc(hidden_states)
@@ -69,5 +75,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = self.attn_hc.write(hidden_states, mixed, mixing)
         mixer_input, mixing = self.ffn_hc(hidden_states)
-        mixed, expert_counts, balance_loss = self.mlp(self.post_attention_layernorm(mixer_input), token_mask=token_mask)
+        mixed, expert_counts, balance_loss = self.mlp(
+            self.post_attention_layernorm(mixer_input), token_mask=token_mask, input_ids=input_ids
+        )
         return LayerOutput(self.ffn_hc.write(hidden_states, mixed, mixing), expert_counts, balance_loss)

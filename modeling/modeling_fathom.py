@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import FathomAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
-from .experts import RoutedExperts, TopKRouter
+from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
@@ -108,7 +108,7 @@ class FathomPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(FathomDecoderLayer, index=0),
         "attentions": OutputRecorder(FathomAttention, index=1),
-        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "router_logits": OutputRecorder(ExpertRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
@@ -137,9 +137,12 @@ class FathomPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, TopKRouter):
+        if isinstance(module, ExpertRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
+            if isinstance(module, TopKRouter):
+                init.zeros_(module.e_score_correction_bias)
+            elif isinstance(module, HashRouter):
+                module.reset_table()
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -151,6 +154,14 @@ class FathomPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(*args, **kwargs)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers. New token ids also get experts in layers that route by id."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, HashRouter):
+                module.resize_table(embeddings.num_embeddings)
+        return embeddings
+
     @torch.no_grad()
     def update_router_bias(self) -> torch.Tensor | None:
         """Moves every routing bias by one step towards equal load; call it once per optimizer step.
@@ -160,22 +171,26 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
-            (that of an MTP layer, where no labels were given) has load 0 and its bias stays.
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. A hash router has a load
+            and no bias.
         """
-        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
         if not routers:
             return None
         # Zeros instead of an early return: on another rank the same router may have counted.
         load = torch.stack(
             [
-                torch.zeros_like(router.e_score_correction_bias) if router.expert_load is None else router.expert_load
+                router.weight.new_zeros(router.num_experts, dtype=torch.float32)
+                if router.expert_load is None
+                else router.expert_load
                 for router in routers
             ]
         )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            router.update_bias(router_load, self.config.router_bias_update_speed)
+            if isinstance(router, TopKRouter):
+                router.update_bias(router_load, self.config.router_bias_update_speed)
             router.expert_load = None
         return load
 
@@ -214,6 +229,7 @@ class FathomModel(FathomPreTrainedModel):
         self.hc_head = StreamCollapse(config) if config.hc_mult > 1 else nn.Identity()
         self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = FathomRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.routes_by_id = config.uses("hash")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -236,15 +252,15 @@ class FathomModel(FathomPreTrainedModel):
         """Runs the main layers.
 
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, d] instead.
+            input_ids: [B, T]; or `inputs_embeds` [B, T, d] instead. Layers of the kind `hash` route by token id:
+                with them, give both, and `inputs_embeds` is what is embedded.
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
             past_key_values: cache of the tokens before these.
             use_cache: return a cache; never in training.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both or neither")
+        self.check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
@@ -257,7 +273,9 @@ class FathomModel(FathomPreTrainedModel):
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
         outputs: list[LayerOutput] = []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            output = LayerOutput(*layer(hidden_states, past_key_values=past_key_values, **layer_inputs, **kwargs))
+            output = LayerOutput(
+                *layer(hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs)
+            )
             hidden_states = output.hidden_states
             outputs.append(output)
 
@@ -270,6 +288,15 @@ class FathomModel(FathomPreTrainedModel):
             balance_loss=balance_loss,
             final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
+
+    def check_inputs(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+        """Raises unless there is exactly one of the two, or what hash routing needs."""
+        if self.routes_by_id and input_ids is None and inputs_embeds is not None:
+            raise ValueError("layers of the kind 'hash' route by token id: pass input_ids along with inputs_embeds")
+        if (input_ids is None and inputs_embeds is None) or (
+            not self.routes_by_id and input_ids is not None and inputs_embeds is not None
+        ):
+            raise ValueError("give either input_ids or inputs_embeds, not both or neither")
 
     def layer_inputs(
         self,
@@ -371,7 +398,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
                 embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
                 mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
-                    outputs.final_states, embeds, attention_mask, position_ids, labels, **kwargs
+                    outputs.final_states, embeds, attention_mask, position_ids, labels, input_ids, **kwargs
                 )
                 if self.training and mtp_counts is not None:
                     expert_counts = mtp_counts if expert_counts is None else torch.cat((expert_counts, mtp_counts))
@@ -404,6 +431,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         labels: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Runs the MTP layers on the main model's `final_states`.
@@ -416,7 +444,15 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         outputs: list[DraftOutput] = []
         losses: list[torch.Tensor] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
-            output = DraftOutput(*layer(states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
+            output = DraftOutput(
+                *layer(
+                    states,
+                    look_ahead(inputs_embeds, depth),
+                    input_ids=None if input_ids is None else look_ahead(input_ids, depth),
+                    **layer_inputs,
+                    **kwargs,
+                )
+            )
             states = output.states
             outputs.append(output)
             targets = targets_ahead(labels, position_ids, depth)
@@ -437,7 +473,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
         for router, counts in zip(routers, expert_counts, strict=False):
             router.add_load(counts)
 

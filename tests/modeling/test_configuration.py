@@ -123,6 +123,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        ({"swiglu_limit": 0}, "swiglu_limit=0 must be above 0, or None"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"hidden_size": "256"}, "hidden_size='256' must be a whole number"),
         ({"hidden_size": 8}, "num_attention_heads=0 must be at least 1"),
@@ -136,7 +137,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
         ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose one for all layers"),
         ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
         ({"position_embedding_type": "learned"}, "known: rope, sinusoidal"),
-        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not known; known: sigmoid"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not known; known: sigmoid, sqrtsoftplus"),
         ({"topk_method": "greedy"}, "topk_method='greedy' is not known; known: noaux_tc"),
         ({"hidden_act": "swilu"}, "hidden_act='swilu' is not known; did you mean silu"),
         ({"hc_mult": 0}, "hc_mult=0 must be at least 1"),
