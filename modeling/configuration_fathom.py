@@ -1,6 +1,7 @@
 """Configuration of every Fathom model: a DeepSeek generation is a choice on three independent axes.
 
-    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention)
+    token mixing      `token_mixers`      mha (multi-head / grouped-query attention), mla (multi-head latent attention),
+                                          swa (sliding window), csa and hca (window and compressed past)
     channel mixing    `channel_mixers`    dense (feed-forward network), moe (DeepSeekMoE), hash (routed by token id)
     residual          `hc_mult`           1 = plain residual stream, n > 1 = hyper-connections between n streams
 
@@ -19,8 +20,16 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-TOKEN_MIXERS = ("mha", "mla")
+COMPRESSED_MIXERS = ("swa", "csa", "hca")
+TOKEN_MIXERS = ("mha", "mla", *COMPRESSED_MIXERS)
 CHANNEL_MIXERS = ("dense", "moe", "hash")
+
+# transformers' names in its DeepSeek-V4 configuration.
+V4_LAYER_TYPES = {
+    "sliding_attention": "swa",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
 
 # What transformers takes in a config's constructor besides its fields.
 TRANSFORMERS_ARGUMENTS = ("attn_implementation", "experts_implementation", "num_labels", "output_attentions")
@@ -72,7 +81,74 @@ def _v3(width: int) -> dict:
     }
 
 
-GENERATIONS = {"classic": _classic, "v3": _v3}
+def _v4(width: int) -> dict:
+    """DeepSeek-V4: window, sparse and heavily compressed attention, hyper-connections, hash-routed first layers."""
+    return {
+        "token_mixers": None,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "qk_rope_head_dim": 16,
+        "q_lora_rank": 3 * width // 8,
+        "o_groups": max(1, width // 128),
+        "o_lora_rank": 64,
+        "sliding_window": 64,
+        "compress_rate_csa": 4,
+        "compress_rate_hca": 32,
+        "compress_rope_theta": 160000.0,
+        # With fewer heads all of a token's scores are often 0, and the choice is then made by age alone.
+        "index_n_heads": 32,
+        "index_head_dim": 16,
+        "index_topk": 64,
+        "hc_mult": 4,
+        "num_hash_layers": 1,
+        "first_k_dense_replace": 0,
+        "scoring_func": "sqrtsoftplus",
+        "swiglu_limit": 10.0,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": width // 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        # DeepSeek's 0.001 is for hundreds of thousands of steps; in a thousand it moves a bias by 1 at most.
+        "router_bias_update_speed": 0.01,
+        "num_nextn_predict_layers": 1,
+    }
+
+
+GENERATIONS = {"classic": _classic, "v3": _v3, "v4": _v4}
+
+# What DeepSeek-V4 Flash and Pro have in common (DeepSeek-V4, section 4.2.1, and the releases' config.json).
+_V4_OFFICIAL = {
+    "generation": "v4",
+    "max_position_embeddings": 1048576,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "compress_rope_theta": 160000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 16.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 65536,
+    },
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "hc_mult": 4,
+    "num_hash_layers": 3,
+    "first_k_dense_replace": 0,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 # DeepSeek-V3 section 4.2 and the release's config.json. The defaults of `FathomConfig` are its other fields.
 OFFICIAL = {
@@ -90,6 +166,32 @@ OFFICIAL = {
             "original_max_position_embeddings": 4096,
         },
     },
+    "v4-flash": {
+        **_V4_OFFICIAL,
+        "hidden_size": 4096,
+        "num_hidden_layers": 43,
+        "token_mixers": ["swa", "swa", *(["csa", "hca"] * 21)[:41], "swa"],
+        "num_attention_heads": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "index_topk": 512,
+        "n_routed_experts": 256,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 1.5,
+    },
+    "v4-pro": {
+        **_V4_OFFICIAL,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "token_mixers": ["hca", "hca", *(["csa", "hca"] * 30)[:59], "swa"],
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "index_topk": 1024,
+        "n_routed_experts": 384,
+        "moe_intermediate_size": 3072,
+        "routed_scaling_factor": 2.5,
+    },
 }
 
 
@@ -99,7 +201,8 @@ class FathomConfig(PreTrainedConfig):
 
     Args:
         generation: name of the DeepSeek generation, for people; the model is built from the fields below alone.
-        token_mixers: `mha` or `mla` for every layer, or a list with one entry per layer (MTP layers last).
+        token_mixers: one kind for every layer, or a list with one entry per layer (MTP layers last). `None`: V4's
+            schedule, two `swa` layers, then `csa` and `hca` in turn, `swa` in MTP layers.
         channel_mixers: `dense`, `moe` or `hash` for every layer, or such a list. `None`: the first `num_hash_layers`
             layers are `hash`, those of the first `first_k_dense_replace` that are not are dense, the others `moe`.
         hc_mult: number of residual streams; 1 is the plain residual connection.
@@ -109,10 +212,16 @@ class FathomConfig(PreTrainedConfig):
         swiglu_limit: bound on the gate (from above) and on the other input (both sides) of gated networks.
         mlp_gated: dense networks are SwiGLU-like `down(act(gate x) * up x)`; `False`: `down(act(up x))`.
         num_hidden_layers: main layers, without MTP layers.
-        num_attention_heads, num_key_value_heads, head_dim: heads; the last two matter to `mha` only (for `mla`
+        num_attention_heads, num_key_value_heads, head_dim: heads; the last two do not matter to `mla` (there
             `head_dim` is the rotary width, which is what transformers' rotary code expects).
         q_lora_rank, kv_lora_rank: widths of the compressed queries (`None`: not compressed) and keys/values.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of MLA.
+        sliding_window: newest tokens that a query of a `swa`, `csa` or `hca` layer sees one by one, itself included.
+        compress_rate_csa, compress_rate_hca: older tokens per compressed entry.
+        compress_rope_theta: rotary base of `csa` and `hca` layers. YaRN and the like apply to them only, without a
+            factor on cosines and sines; `swa` layers have plain RoPE of base `rope_theta`.
+        o_groups, o_lora_rank: output projection of these layers: groups of heads, width per group.
+        index_n_heads, index_head_dim, index_topk: indexer of `csa` layers, and how many entries it selects.
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
@@ -158,7 +267,7 @@ class FathomConfig(PreTrainedConfig):
     hc_eps: float = 1e-6
     max_position_embeddings: int = 4096
 
-    token_mixers: str | list[str] = "mla"
+    token_mixers: str | list[str] | None = "mla"
     num_attention_heads: int = 128
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -172,6 +281,15 @@ class FathomConfig(PreTrainedConfig):
     position_embedding_type: str = "rope"
     rope_parameters: dict | None = None
     rope_interleave: bool = True
+    sliding_window: int | None = None
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
+    compress_rope_theta: float | int = 160000.0
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
 
     channel_mixers: str | list[str] | None = None
     num_hash_layers: int = 0
@@ -206,9 +324,14 @@ class FathomConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
+        kwargs = self._read_v4_names(kwargs)
+        if self.token_mixers is None:
+            main = max(self.num_hidden_layers, 0)
+            schedule = ["swa", "swa", *(["csa", "hca"] * main)][:main]
+            self.token_mixers = schedule + ["swa"] * max(self.num_nextn_predict_layers, 0)
         self._check_layers()
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+            self.num_key_value_heads = 1 if self.compresses else self.num_attention_heads
         if self.uses("mla"):
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
@@ -265,6 +388,57 @@ class FathomConfig(PreTrainedConfig):
         """Whether any layer, MTP layers included, mixes tokens or channels by `kind`."""
         layers = range(self.num_hidden_layers + self.num_nextn_predict_layers)
         return any(kind in (self.token_mixer(i), self.channel_mixer(i)) for i in layers)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether tokens are mixed by windows and compressed entries (`swa`, `csa`, `hca`)."""
+        return any(self.uses(kind) for kind in COMPRESSED_MIXERS)
+
+    def _read_v4_names(self, kwargs: dict) -> dict:
+        """Takes what DeepSeek-V4's config.json, DeepSeek's or transformers', calls otherwise out of `kwargs`.
+
+        DeepSeek's has one `compress_ratios` for every layer, MTP layers included: 0 is a window alone. transformers'
+        has `layer_types`, `mlp_layer_types`, `compress_rates` and one set of rotary parameters per base.
+        """
+        ratios, rates = kwargs.pop("compress_ratios", None), kwargs.pop("compress_rates", None)
+        if ratios is None and rates is None:
+            return kwargs
+        for kind, rate in (rates or {}).items():
+            setattr(self, f"compress_rate_{V4_LAYER_TYPES[kind]}", rate)
+        layer_types, mlp_layer_types = kwargs.pop("layer_types", None), kwargs.pop("mlp_layer_types", None)
+        if ratios is not None:
+            self.token_mixers = self._mixers_of_ratios(ratios)
+        elif layer_types is not None:
+            self.token_mixers = [V4_LAYER_TYPES[kind] for kind in layer_types]
+        if isinstance(self.token_mixers, list):
+            missing = self.num_hidden_layers + self.num_nextn_predict_layers - len(self.token_mixers)
+            self.token_mixers = self.token_mixers + ["swa"] * missing
+        if mlp_layer_types is not None:
+            kinds = ["hash" if kind == "hash_moe" else "moe" for kind in mlp_layer_types]
+            self.channel_mixers = kinds + ["moe"] * self.num_nextn_predict_layers
+        # V4 routes without groups and has no dense layers; its files do not mention either.
+        self.n_group = self.topk_group = 1
+        self.first_k_dense_replace = 0
+
+        if (share := kwargs.pop("partial_rotary_factor", None)) is not None:
+            self.qk_rope_head_dim = int(self.head_dim * share)
+        rope = self.rope_parameters or {}
+        if "compress" in rope:
+            scaling = {"type", "rope_theta", "partial_rotary_factor", "attention_factor"}
+            self.compress_rope_theta = rope["compress"]["rope_theta"]
+            self.rope_parameters = {key: value for key, value in rope["compress"].items() if key not in scaling}
+            self.rope_parameters["rope_theta"] = rope["main"]["rope_theta"]
+        return kwargs
+
+    def _mixers_of_ratios(self, ratios: list[int]) -> list[str]:
+        kinds = {0: "swa", self.compress_rate_csa: "csa", self.compress_rate_hca: "hca"}
+        for ratio in ratios:
+            if ratio not in kinds:
+                raise ValueError(
+                    f"compress_ratios has {ratio}, which is neither 0 nor compress_rate_csa={self.compress_rate_csa} "
+                    f"nor compress_rate_hca={self.compress_rate_hca}; set one of these to it"
+                )
+        return [kinds[ratio] for ratio in ratios]
 
     def _check_layers(self) -> None:
         self._check_positive(
@@ -323,6 +497,8 @@ class FathomConfig(PreTrainedConfig):
             self._check_mla()
         if self.uses("mha"):
             self._check_mha()
+        if self.compresses:
+            self._check_compressed()
         if self.uses("dense"):
             self._check_positive("intermediate_size")
         if self.uses("moe") or self.uses("hash"):
@@ -359,6 +535,40 @@ class FathomConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size={self.hidden_size} is below num_attention_heads={heads}; set head_dim")
         if self.position_embedding_type == "rope" and width % 2:
             raise ValueError(f"head_dim={width} must be even: rotary dimensions come in pairs")
+
+    def _check_compressed(self) -> None:
+        if self.position_embedding_type != "rope":
+            raise ValueError("token_mixers 'swa', 'csa' and 'hca' rotate heads; set position_embedding_type='rope'")
+        if self.uses("mla") or self.uses("mha"):
+            raise ValueError("swa, csa and hca layers share no cache with mha and mla layers; choose one family")
+        if self.sliding_window is None:
+            raise ValueError("token_mixers 'swa', 'csa' and 'hca' need a sliding_window: a number of tokens, e.g. 128")
+        if self.q_lora_rank is None:
+            raise ValueError("token_mixers 'swa', 'csa' and 'hca' compress queries; set q_lora_rank")
+        self._check_positive("sliding_window", "q_lora_rank", "o_groups", "o_lora_rank", "compress_rate_csa")
+        self._check_positive("compress_rate_hca", "index_n_heads", "index_head_dim", "index_topk")
+        if self.num_key_value_heads != 1:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads}: in swa, csa and hca layers all heads share one key; "
+                f"set it to 1"
+            )
+        if self.num_attention_heads % self.o_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of o_groups={self.o_groups}"
+            )
+        rotary, narrowest = self.qk_rope_head_dim, self.head_dim or 0
+        if self.uses("csa"):
+            narrowest = min(narrowest, self.index_head_dim)
+        if rotary % 2 or not 0 < rotary <= narrowest:
+            raise ValueError(
+                f"qk_rope_head_dim={rotary} must be even and at most {narrowest}, "
+                f"the smaller of head_dim={self.head_dim} and, in csa layers, index_head_dim={self.index_head_dim}"
+            )
+        if (self.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type={self.rope_parameters['rope_type']!r} changes with the length of the text, but compressed "
+                f"entries are rotated once; use 'yarn', 'linear', 'llama3' or 'default'"
+            )
 
     def _check_moe(self) -> None:
         self._check_positive("moe_intermediate_size")

@@ -11,13 +11,20 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
+from .compressed_attention import CompressedSparseAttention, HeavilyCompressedAttention, SlidingWindowAttention
 from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
 
-TOKEN_MIXERS: dict[str, type[nn.Module]] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}
+TOKEN_MIXERS: dict[str, type[nn.Module]] = {
+    "mha": MultiHeadAttention,
+    "mla": MultiHeadLatentAttention,
+    "swa": SlidingWindowAttention,
+    "csa": CompressedSparseAttention,
+    "hca": HeavilyCompressedAttention,
+}
 CHANNEL_MIXERS: dict[str, type[nn.Module]] = {
     "dense": DenseChannelMixer,
     "moe": MixtureOfExperts,

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
+from .cache import adopt_cache, token_places
+from .compressed_attention import Compressor, SlidingWindowAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
@@ -113,6 +116,9 @@ class FathomPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: FathomConfig, *args, **kwargs):
+        if config.compresses:
+            # No fused kernel takes sinks and entries: attention is computed as written, also under "sdpa".
+            self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
@@ -148,6 +154,8 @@ class FathomPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, HyperConnection | StreamCollapse):
             module.reset_parameters(std)
+        elif isinstance(module, SlidingWindowAttention | Compressor):
+            module.reset_parameters()
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
@@ -228,7 +236,9 @@ class FathomModel(FathomPreTrainedModel):
         )
         self.hc_head = StreamCollapse(config) if config.hc_mult > 1 else nn.Identity()
         self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = FathomRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        # Layers with a compressed past have rotary embeddings of their own, of two bases.
+        shares_rope = config.position_embedding_type == "rope" and not config.compresses
+        self.rotary_emb = FathomRotaryEmbedding(config) if shares_rope else None
         self.routes_by_id = config.uses("hash")
         self.gradient_checkpointing = False
         self.post_init()
@@ -264,10 +274,14 @@ class FathomModel(FathomPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        if past_key_values is not None and self.config.compresses:
+            adopt_cache(past_key_values, self.config)
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
+            if self.config.compresses:
+                adopt_cache(past_key_values, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
@@ -304,11 +318,28 @@ class FathomModel(FathomPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> dict[str, torch.Tensor | tuple | None]:
-        """What all layers share: `position_ids`, `position_embeddings`, `attention_mask` (causal), `token_mask`."""
+    ) -> dict[str, Any]:
+        """What all layers share: `position_ids` and `token_mask`, and what the token mixers need of
+
+        `position_embeddings`, `attention_mask` (causal), `places` (of tokens in documents, see `cache`).
+        """
+        length = inputs_embeds.shape[1]
+        token_mask = None
+        # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -length:].bool()
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
+            if token_mask is not None:
+                # Positions count from the first real token, so that a padded row is what it is alone.
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        shared = {"position_ids": position_ids, "token_mask": token_mask}
+        if self.config.compresses:
+            if attention_mask is not None and token_mask is None:
+                raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
+            last = past_key_values.layers[0].last_places if past_key_values is not None else None
+            return {**shared, "places": token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -316,20 +347,12 @@ class FathomModel(FathomPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        token_mask = None
-        # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        return {
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None,
-            "attention_mask": causal_mask,
-            "token_mask": token_mask,
-        }
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
+        return {**shared, "position_embeddings": position_embeddings, "attention_mask": causal_mask}
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Adds sinusoids to embeddings scaled by sqrt(d) (arXiv 1706.03762, 3.4 and 3.5); nothing with RoPE."""
-        if self.rotary_emb is not None:
+        if self.config.position_embedding_type == "rope":
             return inputs_embeds
         width = inputs_embeds.shape[-1]
         return inputs_embeds * width**0.5 + sinusoidal_positions(position_ids, width).to(inputs_embeds.dtype)
@@ -462,7 +485,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 num_items = (targets != -100).sum().clamp(min=1)
             losses.append(
                 self.loss_function(
-                    logits=self.lm_head(output.predicted),
+                    logits=self.lm_head(output.hidden_states),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,

@@ -39,8 +39,8 @@ class SharedHead(nn.Module):
 class DraftOutput(NamedTuple):
     """What an MTP layer returns; the statistics are those of `LayerOutput`."""
 
-    states: torch.Tensor  # what the next depth continues from: [B, T, d], or [B, T, n, d] with streams
-    predicted: torch.Tensor  # [B, T, d], input of the shared head
+    hidden_states: torch.Tensor  # [B, T, d], input of the shared head
+    states: torch.Tensor  # what the next depth continues from: the same, or with streams [B, T, n, d]
     expert_counts: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
 
@@ -69,10 +69,10 @@ class MultiTokenPredictionLayer(FathomDecoderLayer):
         output = FathomDecoderLayer.forward(self, self.join(states, next_embeds), **kwargs)
         states = output.hidden_states
         if self.has_streams:
-            predicted = self.shared_head.norm(self.hc_head(states))
+            hidden_states = self.shared_head.norm(self.hc_head(states))
         else:
-            states = predicted = self.shared_head.norm(states)
-        return DraftOutput(states, predicted, output.expert_counts, output.balance_loss)
+            hidden_states = states = self.shared_head.norm(states)
+        return DraftOutput(hidden_states, states, output.expert_counts, output.balance_loss)
 
     def join(self, states: torch.Tensor, next_embeds: torch.Tensor) -> torch.Tensor:
         """Input of the decoder layer, in the shape of `states`."""
