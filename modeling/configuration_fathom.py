@@ -170,7 +170,7 @@ OFFICIAL = {
         **_V4_OFFICIAL,
         "hidden_size": 4096,
         "num_hidden_layers": 43,
-        "token_mixers": ["swa", "swa", *(["csa", "hca"] * 21)[:41], "swa"],
+        "token_mixers": None,
         "num_attention_heads": 64,
         "q_lora_rank": 1024,
         "o_groups": 8,
