@@ -374,6 +374,7 @@ class FathomConfig(PreTrainedConfig):
 
     def token_mixer(self, layer_idx: int) -> str:
         """Kind of token mixing of `model.layers.{layer_idx}`, MTP layers included."""
+        assert self.token_mixers is not None  # the constructor replaces None by the schedule
         return self.token_mixers if isinstance(self.token_mixers, str) else self.token_mixers[layer_idx]
 
     def channel_mixer(self, layer_idx: int) -> str:
@@ -564,9 +565,9 @@ class FathomConfig(PreTrainedConfig):
                 f"qk_rope_head_dim={rotary} must be even and at most {narrowest}, "
                 f"the smaller of head_dim={self.head_dim} and, in csa layers, index_head_dim={self.index_head_dim}"
             )
-        if (self.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+        if (kind := (self.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
             raise ValueError(
-                f"rope_type={self.rope_parameters['rope_type']!r} changes with the length of the text, but compressed "
+                f"rope_type={kind!r} changes with the length of the text, but compressed "
                 f"entries are rotated once; use 'yarn', 'linear', 'llama3' or 'default'"
             )
 

@@ -111,6 +111,7 @@ class HashRouter(ExpertRouter):
     def __init__(self, config, layer_idx: int = 0):
         super().__init__(config)
         self.seed = layer_idx
+        self.tid2eid: torch.Tensor
         self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.int64))
 
     def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +119,7 @@ class HashRouter(ExpertRouter):
 
     @torch.no_grad()
     def reset_table(self) -> None:
-        init.copy_(self.tid2eid, balanced_table(*self.tid2eid.shape, self.num_experts, self.seed))
+        init.copy_(self.tid2eid, balanced_table(len(self.tid2eid), self.top_k, self.num_experts, self.seed))
 
     @torch.no_grad()
     def resize_table(self, vocab_size: int) -> None:
@@ -177,7 +178,8 @@ class RoutedExperts(nn.Module):
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[..., 2 I] -> [..., I]. transformers' grouped kernels call it by this name."""
-        return gated_activation(*gate_up.chunk(2, dim=-1), self.act_fn, self.swiglu_limit)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, self.act_fn, self.swiglu_limit)
 
     def forward_sorted(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same as `forward`, with the tokens of an expert side by side. The fast way on a CPU.

@@ -331,7 +331,7 @@ class FathomModel(FathomPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
-            if token_mask is not None:
+            if attention_mask is not None and token_mask is not None:
                 # Positions count from the first real token, so that a padded row is what it is alone.
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         shared = {"position_ids": position_ids, "token_mask": token_mask}

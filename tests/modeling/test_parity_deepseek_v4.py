@@ -163,3 +163,45 @@ def test_we_read_stock_files(tmp_path):
     tokens = ids(2, 50)
     torch.testing.assert_close(reread(tokens).logits, stock(tokens).logits, atol=TOLERANCE, rtol=0)
     assert reread.state_dict().keys() == stock.state_dict().keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depths", [1, 2])
+def test_multi_token_prediction_out_of_stock_layers(depths):
+    """Stock has no V4 MTP, but its layers and its collapse make one up (`MTPBlock` of DeepSeek's inference code)."""
+    stock, _ = pair("yarn")
+    settings = {**stock.config.to_dict(), "num_nextn_predict_layers": depths}
+    torch.manual_seed(3)
+    ours = FathomForCausalLM(FathomConfig.from_dict(settings)).eval()
+    assert all(name.startswith("model.layers.") for name in ours.load_state_dict(stock.state_dict(), strict=False)[0])
+    for layer in ours.model.mtp_layers:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    tokens, length = ids(2, 40), 40
+    positions = torch.arange(length)[None]
+    streams: list[torch.Tensor] = []
+    stock.model.hc_head.register_forward_hook(lambda module, inputs, output: streams.append(inputs[0]))
+    stock(tokens)
+    states, losses = streams[0], []
+    embeds = stock.model.embed_tokens(tokens)
+    mask = (positions[0, :, None] - positions < 11) & (positions[0, :, None] >= positions)
+    mask = torch.zeros(length, length).masked_fill(~mask, float("-inf"))[None, None]
+    for depth, layer in enumerate(ours.model.mtp_layers, start=1):
+        one = {**SHAPE, "layer_types": [WINDOW], "mlp_layer_types": ["moe"], "num_hidden_layers": 1}
+        oracle = DeepseekV4ForCausalLM(DeepseekV4Config(**one)).eval().model
+        oracle.layers[0].load_state_dict(layer.state_dict(), strict=False)
+        oracle.hc_head.load_state_dict(layer.hc_head.state_dict())
+        ahead = torch.cat((embeds[:, depth:], torch.zeros_like(embeds[:, :depth])), dim=1)
+        states = layer.e_proj(layer.enorm(ahead))[:, :, None] + layer.h_proj(layer.hnorm(states))
+        rotation = {"main": oracle.rotary_emb(embeds, positions, layer_type="main")}
+        states = oracle.layers[0](
+            states, position_embeddings=rotation, position_ids=positions, attention_mask=mask, input_ids=tokens
+        )
+        logits = stock.lm_head(layer.shared_head.norm(oracle.hc_head(states)))
+        losses.append(
+            nn.functional.cross_entropy(logits[:, : -depth - 1].flatten(0, 1), tokens[:, depth + 1 :].flatten())
+        )
+    outputs = ours(tokens, labels=tokens)
+    torch.testing.assert_close(outputs.mtp_loss, torch.stack(losses).mean(), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(outputs.logits, stock(tokens).logits, atol=TOLERANCE, rtol=0)
