@@ -79,6 +79,12 @@ class CompressedCacheLayer(CacheLayerMixin):
 
         Entries that stand NOWHERE are left out, row by row; rows that have fewer than others are filled at the end.
         """
+        if self.entries and not (entries["places"] != NOWHERE).any():
+            return self.entries
+        return self._pack(entries)
+
+    def _pack(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Puts entries behind the ones there are, without gaps."""
         if self.entries:
             entries = {name: torch.cat((self.entries[name], new), 1) for name, new in entries.items()}
         # A stable sort moves the gaps of every row to its end and keeps the order of the entries.
@@ -118,7 +124,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         if self.entries:
             gone = self.entries["places"] > self.tokens["places"].amax(dim=1, keepdim=True)
             self.entries["places"] = self.entries["places"].masked_fill(gone, NOWHERE)
-            self.append_entries(**{name: rows[:, :0] for name, rows in self.entries.items()})
+            self._pack({name: rows[:, :0] for name, rows in self.entries.items()})
         self._forget()
 
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

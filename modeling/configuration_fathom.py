@@ -344,7 +344,7 @@ class FathomConfig(PreTrainedConfig):
         """The configuration of a generation at a size, e.g. `preset("v3")` or `preset("v3", size="671b")`.
 
         Args:
-            generation: `classic` or `v3`, or an official model by its full name (`v3-671b`).
+            generation: `classic`, `v3` or `v4`, or an official model by its full name (`v3-671b`).
             size: `nano` (seconds on a CPU), `micro`, `small`, or an official size of that generation.
             **overrides: any field of `FathomConfig`.
 

@@ -117,7 +117,7 @@ class FathomPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: FathomConfig, *args, **kwargs):
         if config.compresses:
-            # No fused kernel takes sinks and entries: attention is computed as written, also under "sdpa".
+            # No fused kernel takes sinks and entries: attention is computed as it is written, under "sdpa" too.
             self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
@@ -319,9 +319,11 @@ class FathomModel(FathomPreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, Any]:
-        """What all layers share: `position_ids` and `token_mask`, and what the token mixers need of
+        """What all layers share.
 
-        `position_embeddings`, `attention_mask` (causal), `places` (of tokens in documents, see `cache`).
+        Returns:
+            `position_ids` [B, T] and `token_mask` [B, T]; and by the kind of token mixers either
+            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents (see `cache`).
         """
         length = inputs_embeds.shape[1]
         token_mask = None
@@ -331,7 +333,7 @@ class FathomModel(FathomPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
-            if attention_mask is not None and token_mask is not None:
+            if attention_mask is not None and token_mask is not None and attention_mask.shape[1] == past + length:
                 # Positions count from the first real token, so that a padded row is what it is alone.
                 position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         shared = {"position_ids": position_ids, "token_mask": token_mask}

@@ -117,12 +117,11 @@ def test_packed_documents(use_cache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recorded", [1, 5, 13, 30])
-@pytest.mark.parametrize("removed", [1, 4, 11, 29])
+@pytest.mark.parametrize(
+    ("recorded", "removed"), [(1, 1), (5, 1), (5, 4), (13, 1), (13, 11), (30, 1), (30, 4), (30, 11), (30, 29), (50, 50)]
+)
 def test_crop_is_exact(recorded, removed):
     """Wrong tokens are read and removed again: what follows is as if they had never been there."""
-    if removed > recorded:
-        pytest.skip("no more can be removed than was recorded")
     ours, kept = model(), LENGTH - recorded
     ids, mask = left_padded([0, 9])
     _, cache = in_chunks(ours, ids[:, :kept], [kept], mask[:, :kept])
