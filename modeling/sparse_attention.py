@@ -11,12 +11,7 @@ Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours i
 DeepSeek's demo had this wrong; corrected in deepseek-ai/DeepSeek-V3.2-Exp, inference/README.md.) DeepSeek's code also
 multiplies q and k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
 
-Ties. Where no head has a positive product the score is exactly 0, so ties at the border of S_t are common. Of equal
-scores the most recent keys win. A choice by index alone, it does not depend on how long the cache is: prefill and
-decoding read the same keys.
-
-Gradient. A choice of keys has none, so the language-modelling loss does not reach the indexer (the paper trains it by a
-KL loss of its own). Its parameters are frozen: distributed training waits for the gradient of every other kind.
+Ties, and why an indexer is frozen: see `indexing`.
 
 Cache. One latent, one rotary key and one indexer key per token: R + P + D numbers. The two keys lie side by side in
 the `values` of transformers' ordinary cache layers, so that each of those and all they can do (crop, beam reorder,
@@ -32,13 +27,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MultiHeadLatentAttention
+from .indexing import FrozenIndexer, best_of, index_scores
 from .rotary import apply_rotary
 
-# Products of queries and keys held at a time, over all indexer heads: 64 MiB.
-PRODUCTS_AT_ONCE = 2**24
 
-
-class LightningIndexer(nn.Module):
+class LightningIndexer(FrozenIndexer):
     """Scores every key for every query. Computes in fp32: rounding would choose other keys."""
 
     def __init__(self, config):
@@ -77,13 +70,7 @@ class LightningIndexer(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             weights = F.linear(hidden_states.float(), self.weights_proj.weight.float())  # [B, T, J]
             weights = weights * (self.n_heads * self.head_dim) ** -0.5
-            keys_transposed = keys.float().transpose(-1, -2)  # [B, 1, D, S]
-            rows = max(1, PRODUCTS_AT_ONCE // (query.shape[0] * self.n_heads * keys.shape[-2]))
-            scores = [
-                torch.einsum("bjts,btj->bts", (some_queries.float() @ keys_transposed).relu(), some_weights)
-                for some_queries, some_weights in zip(query.split(rows, dim=2), weights.split(rows, dim=1), strict=True)
-            ]
-        return torch.cat(scores, dim=1)
+        return index_scores(query, keys.squeeze(1), weights)
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
@@ -182,15 +169,6 @@ def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: 
     if attention_mask.dtype == torch.bool:
         return attention_mask & best_of(scores.masked_fill(~attention_mask, float("-inf")), top_k)
     return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
-
-
-def best_of(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """True at the `top_k` largest of the last dimension, exactly; of equal ones the last are taken."""
-    border = scores.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above, tied = scores > border, scores == border
-    room = top_k - above.sum(dim=-1, keepdim=True)
-    tied_from_here = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
-    return above | (tied & (tied_from_here <= room))
 
 
 def _hidden(additive_mask: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from fathom.demo import shelf as module
 from fathom.demo.shelf import Shelf, load_source, untrained
-from fathom.modeling.configuration_fathom import GENERATIONS
+from fathom.modeling.presets import GENERATIONS
 from fathom.training.errors import UserError
 
 

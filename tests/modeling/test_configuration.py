@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from fathom import FathomConfig, FathomForCausalLM
+from fathom.modeling.presets import GENERATIONS, OFFICIAL
 
 # The release's config.json without `quantization_config` (https://huggingface.co/deepseek-ai/DeepSeek-V3).
 DEEPSEEK_V3_CONFIG_JSON = {
@@ -74,18 +75,19 @@ def own_fields(config: FathomConfig) -> dict:
 
 
 @pytest.mark.parametrize("size", ["nano", "micro", "small"])
-@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_preset_builds(generation, size):
     config = FathomConfig.preset(generation, size=size)
     assert config.generation == generation
     with torch.device("meta"):
         counts = FathomForCausalLM(config).parameter_counts()
     assert 0 < counts["embedding"] < counts["active"] <= counts["total"]
-    assert (counts["mtp"] > 0) == (generation in ("v3", "v3.2"))
+    assert (counts["mtp"] > 0) == (generation in ("v3", "v3.2", "v4"))
 
 
 WIDTHS = {
     "v3": ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size"),
+    "v4": ("num_attention_heads", "q_lora_rank", "o_groups", "moe_intermediate_size"),
     "classic": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
     "moe": ("num_attention_heads", "intermediate_size", "moe_intermediate_size"),
     "v2": ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size"),
@@ -125,6 +127,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        ({"swiglu_limit": 0}, "swiglu_limit=0 must be above 0, or None"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"hidden_size": "256"}, "hidden_size='256' must be a whole number"),
         ({"hidden_size": 8}, "num_attention_heads=0 must be at least 1"),
@@ -143,7 +146,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1; list each layer's kind in channel_mixers instead"),
         ({"topk_method": "group_limited_greedy", "n_group": 3}, "n_routed_experts=16 must be a multiple of n_group=3"),
         ({"hidden_act": "swilu"}, "hidden_act='swilu' is not known; did you mean silu"),
-        ({"hc_mult": 4}, "hc_mult=1"),
+        ({"hc_mult": 0}, "hc_mult=0 must be at least 1"),
+        ({"hc_mult": 4, "hc_sinkhorn_iters": 0}, "hc_sinkhorn_iters=0 must be at least 1"),
+        ({"hc_mult": 4, "hc_eps": 0.0}, "hc_eps=0.0 must be above 0"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim=0 must be at least 1"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1"),
@@ -285,6 +290,119 @@ def test_sparse_and_dense_layers_in_one_model():
     assert [hasattr(layer.self_attn, "indexer") for layer in layers] == [False, True, False, True, False]
 
 
+@pytest.mark.parametrize(("preset", "total", "active"), [("v4-flash", "284B", "13B"), ("v4-pro", "1.6T", "49B")])
+def test_parameter_counts_of_v4_round_to_the_published_ones(preset, total, active):
+    """The published active parameters leave out the embedding, which only looks rows up."""
+    config = FathomConfig.preset(preset)
+    with torch.device("meta"):
+        counts = FathomForCausalLM(config).parameter_counts()
+    lookup = config.vocab_size * config.hidden_size
+    billions, used = counts["total"] / 1e9, (counts["active"] - lookup) / 1e9
+    assert (f"{billions:.0f}B" if billions < 1000 else f"{billions / 1000:.1f}T") == total
+    assert f"{used:.0f}B" == active
+
+
+# The release's config.json (https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash), what matters to the model.
+DEEPSEEK_V4_FLASH_CONFIG_JSON = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "bos_token_id": 0,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "compress_rope_theta": 160000,
+    "eos_token_id": 1,
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+    "max_position_embeddings": 1048576,
+    "model_type": "deepseek_v4",
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_hidden_layers": 43,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "q_lora_rank": 1024,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+
+
+def test_official_v4_config_json_is_the_official_preset(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4_FLASH_CONFIG_JSON))
+    read, preset = FathomConfig.from_pretrained(tmp_path), FathomConfig.preset("v4", size="flash")
+    kinds = [preset.token_mixer(i) for i in range(44)]
+    assert {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")} == {"swa": 3, "csa": 21, "hca": 20}
+    assert [preset.channel_mixer(i) for i in range(44)] == ["hash"] * 3 + ["moe"] * 41
+    mine, official = own_fields(preset), own_fields(read)
+    official["rope_parameters"].pop("type", None)  # the older spelling of rope_type, which transformers keeps
+    official.pop("pad_token_id", None)
+    mine.pop("pad_token_id", None)
+    assert mine == official
+    assert read.model_type == "fathom"
+
+
+def test_schedule_of_v4_pro():
+    config = FathomConfig.preset("v4-pro")
+    kinds = [config.token_mixer(i) for i in range(62)]
+    assert kinds[:5] == ["hca", "hca", "csa", "hca", "csa"]
+    assert {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")} == {"swa": 1, "csa": 30, "hca": 31}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"compress_ratios": [0, 4, 64, 4, 0]}, "compress_ratios has 64, which is neither 0 nor compress_rate_csa=4"),
+        ({"token_mixers": ["swa", "csa", "mla", "hca", "swa"]}, "choose one family"),
+        ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
+        ({"sliding_window": None}, "need a sliding_window"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"q_lora_rank": None}, "compress queries; set q_lora_rank"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: in swa, csa and hca layers all heads share one key"),
+        ({"o_groups": 3}, "num_attention_heads=4 must be a multiple of o_groups=3"),
+        ({"index_head_dim": 8}, "index_head_dim=8 must be at least qk_rope_head_dim=16"),
+        ({"qk_rope_head_dim": 128}, "qk_rope_head_dim=128 must be even and at most head_dim=64"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic' changes with the length of the text",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_impossible_v4_combinations_say_how_to_mend_them(overrides, says):
+    settings = {"vocab_size": 97, "num_hidden_layers": 4, **overrides}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below, literally
+        FathomConfig(**settings) if "compress_ratios" in settings else FathomConfig.preset("v4", **settings)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_parameter_counts_by_hand():
     config = FathomConfig.preset("classic", hidden_size=64, num_hidden_layers=3, vocab_size=97)
     layer = 4 * 64 * 64 + 2 * 64 * 256 + 2 * 64
@@ -388,7 +506,7 @@ def test_earlier_config_json_is_the_official_preset(official, preset, tmp_path: 
     assert read.model_type == "fathom"
 
 
-@pytest.mark.parametrize("preset", ["classic", "moe", "v2", "v2-236b", "v3", "v3-671b", "v3.2", "v3.2-671b"])
+@pytest.mark.parametrize("preset", [*GENERATIONS, *OFFICIAL])
 def test_round_trip(preset, tmp_path: Path):
     config = FathomConfig.preset(preset, mtp_loss_weight=0.1)
     config.save_pretrained(tmp_path)

@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling.sparse_attention import DeepseekSparseAttention, LightningIndexer, best_of, keep_best
+from fathom.modeling.indexing import best_of
+from fathom.modeling.sparse_attention import DeepseekSparseAttention, LightningIndexer, keep_best
 
 TINY = {
     "hidden_size": 64,
@@ -77,11 +78,11 @@ def test_scores_do_not_depend_on_how_many_are_computed_at_once(monkeypatch):
     arguments = hidden, q_latent, indexer.keys(hidden, (angles.cos(), angles.sin())), (angles.cos(), angles.sin())
     expected = indexer.scores(*arguments)
     for products in (1, 4 * 2 * 32 * 9):
-        monkeypatch.setattr("fathom.modeling.sparse_attention.PRODUCTS_AT_ONCE", products)
+        monkeypatch.setattr("fathom.modeling.indexing.PRODUCTS_AT_ONCE", products)
         torch.testing.assert_close(indexer.scores(*arguments), expected)
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 7, 12])
+@pytest.mark.parametrize("top_k", [1, 3, 7, 12, 15])
 def test_best_are_the_largest_and_of_equal_ones_the_last(top_k):
     scores = torch.randint(-1, 3, (50, 12), generator=torch.Generator().manual_seed(top_k)).float()
     scores[:20, 8:] = float("-inf")

@@ -59,7 +59,7 @@ def arguments(folder, **overrides) -> TrainingArguments:
     return TrainingArguments(**{**settings, **overrides})
 
 
-@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2"])
+@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2", "v4"])
 def test_first_loss_is_that_of_guessing(generation):
     torch.manual_seed(0)
     config = FathomConfig.preset(generation)
@@ -98,7 +98,7 @@ def test_every_parameter_of_classic_gets_a_gradient(overrides):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("generation", ["classic", "v3"])
+@pytest.mark.parametrize("generation", ["classic", "v3", "v4"])
 def test_plain_trainer_overfits_one_batch(generation, bf16, tmp_path):
     """Random tokens can only be learned by heart. The routing bias moves with every step, and stays in fp32."""
     trained, ids, steps = model(generation, num_hidden_layers=2), tokens(2, 24), 50
@@ -158,7 +158,7 @@ def test_accumulation_in_the_trainer_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2"])
+@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2", "v4"])
 def test_gradient_checkpointing_gives_equal_gradients(generation, use_reentrant):
     plain, checkpointed = model(generation), model(generation)
     checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
