@@ -7,13 +7,13 @@ choose. It has J heads for queries, from MLA's query latent c_q, and one key per
     I_ts = sum_j w_tj relu(q_tj k_s) / sqrt(J D)         S_t = the K visible keys s with the largest I_ts
     MLA of query t over the keys in S_t
 
-Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours in its last P. (The first release of
-DeepSeek's demo had this wrong; corrected in deepseek-ai/DeepSeek-V3.2-Exp, inference/README.md.) DeepSeek's code also
-multiplies q and k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
+Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours in its last P (deepseek-ai/
+DeepSeek-V3.2-Exp, inference/model.py since 2025-11-17; the code before mixed them up). That code also multiplies q and
+k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
 
 Ties. Where no head has a positive product the score is exactly 0, so ties at the border of S_t are common. Of equal
-scores the most recent keys win. A choice by index alone, it does not depend on how long the cache is: prefill and
-decoding read the same keys.
+scores the most recent keys win, however long the cache is and whatever is hidden in it: prefill and decoding read the
+same keys. (Scores that differ by no more than rounding can still change places between two ways of computing them.)
 
 Gradient. A choice of keys has none, so the language-modelling loss does not reach the indexer (the paper trains it by a
 KL loss of its own). Its parameters are frozen: distributed training waits for the gradient of every other kind.
