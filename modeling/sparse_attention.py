@@ -7,9 +7,9 @@ choose. It has J heads for queries, from MLA's query latent c_q, and one key per
     I_ts = sum_j w_tj relu(q_tj k_s) / sqrt(J D)         S_t = the K visible keys s with the largest I_ts
     MLA of query t over the keys in S_t
 
-Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours in its last P. (The first release of
-DeepSeek's demo had this wrong; corrected in deepseek-ai/DeepSeek-V3.2-Exp, inference/README.md.) DeepSeek's code also
-multiplies q and k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
+Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours in its last P (deepseek-ai/
+DeepSeek-V3.2-Exp, inference/model.py since 2025-11-17; the code before mixed them up). That code also multiplies q and
+k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
 
 Ties, and why an indexer is frozen: see `indexing`.
 

@@ -1,5 +1,9 @@
 """DeepSeek Sparse Attention: the indexer and its choice by definition, the gathered way, the cache, what is frozen."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -241,6 +245,25 @@ def test_beam_search_is_that_without_a_cache(heads):
     assert torch.equal(trained.generate(ids, **settings), expected)
 
 
+def test_drafted_tokens_are_rolled_back():
+    """Prompt lookup drafts from a repeated prompt; the tokens are those of plain decoding."""
+    trained = model()
+    ids = tokens(1, 15).repeat(1, 2)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = trained.generate(ids, **settings)
+    assert torch.equal(trained.generate(ids, prompt_lookup_num_tokens=4, **settings), expected)
+
+
+@torch.no_grad()
+def test_attention_weights_lie_on_the_chosen_keys():
+    trained = model(attn_implementation="eager")
+    for weights in trained(tokens(2, 30), output_attentions=True).attentions:
+        assert weights.shape == (2, 2, 30, 30)
+        seen = (weights > 0).sum(dim=-1)
+        assert torch.equal(seen.amax(dim=(0, 1)), torch.arange(1, 31).clamp(max=8))
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 30))
+
+
 @torch.no_grad()
 def test_cache_holds_a_latent_a_rotary_key_and_an_indexer_key_per_token():
     cache = model(index_head_dim=20)(tokens(3, 11)).past_key_values
@@ -304,3 +327,53 @@ def test_a_static_cache_compiles_as_one_graph():
     for position in (28, 29):
         logits = step(ids[:, position : position + 1], past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-4, rtol=0)
+
+
+DATA_PARALLEL_STEP = """
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from fathom import FathomConfig, FathomForCausalLM
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+config = FathomConfig.preset(
+    sys.argv[1], hidden_size=64, num_attention_heads=2, num_hidden_layers=3, vocab_size=97, n_routed_experts=4,
+    index_topk=4, o_groups=1
+)
+model = FathomForCausalLM(config).train()
+model.activation_checkpointing_enable()
+# As Trainer does with activation checkpointing: an unfrozen parameter without a gradient ends the second step.
+wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+torch.manual_seed(dist.get_rank())
+for _ in range(2):
+    tokens = torch.randint(3, 97, (2, 24))
+    wrapped(tokens, labels=tokens).loss.backward()
+total = sum(p.grad.double().abs().sum() for p in model.parameters() if p.requires_grad).reshape(1)
+totals = [torch.zeros_like(total) for _ in range(2)]
+dist.all_gather(totals, total)
+assert torch.equal(*totals) and total > 0, totals
+print("gradients agree", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("generation", ["v3.2", "v4"])
+def test_two_processes_do_not_wait_for_the_indexers(generation, tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(DATA_PARALLEL_STEP)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        generation,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("gradients agree") == 2
