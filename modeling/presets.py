@@ -60,17 +60,25 @@ def _moe(width: int) -> dict:
     }
 
 
-def _v2(width: int) -> dict:
-    """DeepSeek-V2: MLA, and experts chosen within the best groups."""
+def _mla(width: int) -> dict:
+    """Multi-head latent attention, its heads as wide as those of the other generations."""
     return {
-        **_moe(width),
         "token_mixers": "mla",
-        "rope_interleave": True,
+        "num_attention_heads": width // 64,
         "q_lora_rank": 3 * width // 8,
         "kv_lora_rank": width // 4,
         "qk_nope_head_dim": 48,
         "qk_rope_head_dim": 16,
         "v_head_dim": 64,
+    }
+
+
+def _v2(width: int) -> dict:
+    """DeepSeek-V2: MLA, and experts chosen within the best groups."""
+    return {
+        **_moe(width),
+        **_mla(width),
+        "rope_interleave": True,
         "topk_method": "group_limited_greedy",
         "n_group": 4,
         "topk_group": 2,
@@ -80,13 +88,7 @@ def _v2(width: int) -> dict:
 def _v3(width: int) -> dict:
     """DeepSeek-V3: MLA, fine-grained experts with one shared, sigmoid routing with a bias, one MTP layer."""
     return {
-        "token_mixers": "mla",
-        "num_attention_heads": width // 64,
-        "q_lora_rank": 3 * width // 8,
-        "kv_lora_rank": width // 4,
-        "qk_nope_head_dim": 48,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 64,
+        **_mla(width),
         "intermediate_size": 5 * width // 2,
         "first_k_dense_replace": 1,
         "n_routed_experts": 16,

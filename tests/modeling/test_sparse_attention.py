@@ -364,16 +364,9 @@ dist.destroy_process_group()
 def test_two_processes_do_not_wait_for_the_indexers(generation, tmp_path):
     script = tmp_path / "step.py"
     script.write_text(DATA_PARALLEL_STEP)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        generation,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command += [str(script), generation]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("gradients agree") == 2
