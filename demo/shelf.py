@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.configuration_fathom import GENERATIONS, FathomConfig
+from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.modeling_fathom import FathomForCausalLM
+from ..modeling.presets import GENERATIONS
 from ..tokenizer import train_tokenizer
 from ..training.checkpoints import find_checkpoints, load_model, load_tokenizer
 from ..training.errors import UserError, did_you_mean

@@ -12,7 +12,8 @@ per token, and only the latent and one shared rotary key are cached:
 For few queries over a long cache the expansion is the whole cost. It can be moved to the other side of the
 product, `q_nope (W_UK c) = (W_UK^T q_nope) c`, and attention runs on the latents themselves ("absorbed").
 
-Shapes: B batch, T query tokens, S key tokens, H heads, D head width, R latent width, P rotary width.
+Shapes: B batch, T query tokens, S key tokens, H heads, D head width, R latent width, P rotary width,
+Q query latent width, d width.
 """
 
 from collections.abc import Callable
@@ -180,23 +181,23 @@ class MultiHeadLatentAttention(FathomAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
-        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
+        q_nope, q_pe = self.queries(self.query_latent(hidden_states), position_embeddings)
         latent, k_pe = self.latents(hidden_states, position_embeddings)
         if past_key_values is not None:
             latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
-        attend = self.absorbed_attention if self.absorbing_pays(q_nope, latent) else self.expanded_attention
-        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+        output, weights = self.attend_latents(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
         return self.o_proj(output), weights
 
+    def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, d] -> what queries are expanded from: the normed latent [B, T, Q], or without one the input itself."""
+        return self.q_a_layernorm(self.q_a_proj(hidden_states)) if self.compresses_queries else hidden_states
+
     def queries(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self, q_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, d] -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
-        if self.compresses_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        else:
-            query = self.q_proj(hidden_states)
-        query = query.view(*hidden_states.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
+        """`query_latent` -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
+        query = self.q_b_proj(q_latent) if self.compresses_queries else self.q_proj(q_latent)
+        query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave)
 
@@ -210,6 +211,15 @@ class MultiHeadLatentAttention(FathomAttention):
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         latent, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return self.kv_a_layernorm(latent), apply_rotary(k_pe, *position_embeddings, interleaved=self.rope_interleave)
+
+    def attend_latents(
+        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention in the cheaper of the two ways below. Returns [B, T, H * D_v] and weights."""
+        # Without a mask several queries are causal (the prompt of a static cache), which SDPA knows and absorbing not.
+        absorbs = self.absorbing_pays(q_nope, latent) and (attention_mask is not None or q_nope.shape[2] == 1)
+        attend = self.absorbed_attention if absorbs else self.expanded_attention
+        return attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
 
     def absorbing_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
         """Whether attention over the latents needs fewer multiplications than expanding them first.

@@ -11,19 +11,38 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
-from .experts import MixtureOfExperts
+from .compressed_attention import CompressedSparseAttention, HeavilyCompressedAttention, SlidingWindowAttention
+from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
+from .hyper_connections import HyperConnection
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
+from .sparse_attention import DeepseekSparseAttention
 
-TOKEN_MIXERS: dict[str, type[nn.Module]] = {"mha": MultiHeadAttention, "mla": MultiHeadLatentAttention}
-CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"dense": DenseChannelMixer, "moe": MixtureOfExperts}
+TOKEN_MIXERS: dict[str, type[nn.Module]] = {
+    "mha": MultiHeadAttention,
+    "mla": MultiHeadLatentAttention,
+    "dsa": DeepseekSparseAttention,
+    "swa": SlidingWindowAttention,
+    "csa": CompressedSparseAttention,
+    "hca": HeavilyCompressedAttention,
+}
+CHANNEL_MIXERS: dict[str, type[nn.Module]] = {
+    "dense": DenseChannelMixer,
+    "moe": MixtureOfExperts,
+    "hash": HashMixtureOfExperts,
+}
+
+
+def connection(config) -> nn.Module:
+    """A sub-layer's connection to the residual stream, or to the streams."""
+    return ResidualConnection() if config.hc_mult == 1 else HyperConnection(config)
 
 
 class LayerOutput(NamedTuple):
     """What a decoder layer returns. Statistics are returned, not stored: gradient checkpointing runs a layer twice."""
 
-    hidden_states: torch.Tensor  # [B, T, d]
+    hidden_states: torch.Tensor  # [B, T, d], or with n > 1 residual streams [B, T, n, d]
     expert_counts: torch.Tensor | None = None  # [E], tokens per routed expert
     balance_loss: torch.Tensor | None = None  # scalar, weighted; in training only
 
@@ -32,11 +51,11 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.self_attn = TOKEN_MIXERS[config.token_mixer(layer_idx)](config, layer_idx)
-        self.mlp = CHANNEL_MIXERS[config.channel_mixer(layer_idx)](config)
+        self.mlp = CHANNEL_MIXERS[config.channel_mixer(layer_idx)](config, layer_idx)
         self.input_layernorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attn_residual = ResidualConnection()
-        self.mlp_residual = ResidualConnection()
+        self.attn_hc = connection(config)
+        self.ffn_hc = connection(config)
 
     def forward(
         self,
@@ -45,18 +64,27 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         token_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> LayerOutput:
-        """Hidden states [B, T, d] in and out; `token_mask` [B, T] is True for tokens that are no padding."""
+        """Residual stream [B, T, d] (or streams [B, T, n, d]) in and out.
+
+        Args:
+            token_mask: [B, T], True for tokens that are no padding. None: all are real.
+            input_ids: [B, T], for channel mixers that route by token id.
+            position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
+        """
+        mixer_input, mixing = self.attn_hc(hidden_states)
         mixed, _ = self.self_attn(
-            self.input_layernorm(self.attn_residual.read(hidden_states)),
+            self.input_layernorm(mixer_input),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = self.attn_residual.write(hidden_states, mixed)
+        hidden_states = self.attn_hc.write(hidden_states, mixed, mixing)
+        mixer_input, mixing = self.ffn_hc(hidden_states)
         mixed, expert_counts, balance_loss = self.mlp(
-            self.post_attention_layernorm(self.mlp_residual.read(hidden_states)), token_mask=token_mask
+            self.post_attention_layernorm(mixer_input), token_mask=token_mask, input_ids=input_ids
         )
-        return LayerOutput(self.mlp_residual.write(hidden_states, mixed), expert_counts, balance_loss)
+        return LayerOutput(self.ffn_hc.write(hidden_states, mixed, mixing), expert_counts, balance_loss)

@@ -2,66 +2,84 @@
 
     y = sum_{i chosen} g_i FFN_i(x) + FFN_shared(x)
 
-DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2) chooses by a biased score and weighs by the unbiased one:
+How experts are scored (`scoring_func`) and chosen (`topk_method`) makes the routers of the generations:
 
-    s = sigmoid(W x);  z = s + b;  keep the groups with the largest sum of their two best z;  I = top-k of z there
-    g_i = scale * s_i / sum_{j in I} s_j
+    DeepSeekMoE  greedy                s = softmax(W x);  I = top-k of s
+    V2           group_limited_greedy  s = softmax(W x);  keep the groups with the best expert;  I = top-k of s there
+    V3           noaux_tc              s = sigmoid(W x);  z = s + b;  keep the groups with the largest sum of their
+                                       two best z;  I = top-k of z there
+    g_i = scale * s_i  or  s_i / sum_{j in I} s_j,  and in V3 scale * s_i / sum_{j in I} s_j
 
-The bias b has no gradient. Once per optimizer step it moves by a fixed speed towards equal load (arXiv 2408.15664):
+V3's bias b (arXiv 2412.19437, section 2.1.2) chooses and does not weigh. V4 scores by `s = sqrt(softplus(W x))`,
+which does not saturate, and without groups; in its first layers I does not depend on s at all: a table says by which
+experts a token id is processed (`HashRouter`).
+
+The bias has no gradient: once per optimizer step it moves by a fixed speed towards equal load (arXiv 2408.15664),
 
     b_i += speed * sign(mean(c) - c_i),   c_i = tokens sent to expert i since the last step, over all ranks
+
+Before V3 a loss keeps the load even (DeepSeekMoE, eqs 12-14): `alpha * sum_i f_i P_i`, f the share of tokens that an
+expert gets and P its mean score.
 
 Shapes: B batch, T tokens per sequence, N = B T tokens, E routed experts, K chosen experts per token, d width.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, gated_activation
 from .precision import KeepsFloat32Buffers
 
+SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+    "sqrtsoftplus": ACT2FN["sqrtsoftplus"],
+}
 
-class TopKRouter(KeepsFloat32Buffers):
-    """Chooses K experts per token, in fp32, and holds the routing bias and the load since its last update."""
+
+class ExpertRouter(KeepsFloat32Buffers):
+    """Scores the experts in fp32 and weighs the K chosen ones; how they are chosen is up to the subclass.
+
+    It also holds the load of its experts since the last bias update.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.num_experts = config.n_routed_experts
-        self.n_group = config.n_group
-        self.topk_group = config.topk_group
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
+        # `MoEGate` of DeepSeek-V2's modeling_deepseek.py scales or normalises, those of V3 and V4 do both.
+        scales_always = config.topk_method == "noaux_tc"
+        self.norm_topk_prob = config.norm_topk_prob and (scales_always or self.top_k > 1)
+        self.routed_scaling_factor = config.routed_scaling_factor if scales_always or not self.norm_topk_prob else 1.0
+        self.affinities = SCORING[config.scoring_func]
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
         # No buffer: DDP would overwrite it with rank 0's counts at every forward.
         self.expert_load: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens [N, d] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
+    def forward(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [N, d] and their ids [N] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
         # Autocast would compute the product in bf16, and near ties would be routed by rounding.
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
-        scores = logits.sigmoid()
-        biased = scores + self.e_score_correction_bias
-        if self.n_group > 1:
-            biased = self._keep_best_groups(biased)
-        indices = biased.topk(self.top_k, dim=-1, sorted=False).indices  # [N, K]
+        scores = self.affinities(logits)
+        indices = self.choose(scores, input_ids)
         weights = scores.gather(1, indices)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, weights * self.routed_scaling_factor, indices
 
-    def _keep_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
-        """Sets the scores of all but `topk_group` groups to -inf; a group counts by the sum of its two best."""
-        grouped = biased.unflatten(-1, (self.n_group, -1))  # [N, groups, E / groups]
-        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
-        best = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+    def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """Scores [N, E] and token ids [N] -> experts [N, K], all different in a row."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def add_load(self, expert_counts: torch.Tensor) -> None:
@@ -70,10 +88,87 @@ class TopKRouter(KeepsFloat32Buffers):
         expert_counts = expert_counts.detach()
         self.expert_load = expert_counts if self.expert_load is None else self.expert_load + expert_counts
 
+
+class TopKRouter(ExpertRouter):
+    """Chooses the K experts with the best scores, by `topk_method`, and holds the routing bias if there is one."""
+
+    e_score_correction_bias: torch.Tensor | None
+
+    def __init__(self, config):
+        super().__init__(config)
+        biased = config.topk_method == "noaux_tc"
+        self.n_group = 1 if config.topk_method == "greedy" else config.n_group
+        self.topk_group = config.topk_group
+        self.group_top = 2 if biased else 1
+        bias = torch.zeros(self.num_experts, dtype=torch.float32) if biased else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+        if self.n_group > 1:
+            biased = self._keep_best_groups(biased)
+        return biased.topk(self.top_k, dim=-1, sorted=False).indices  # [N, K]
+
+    def _keep_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
+        """Sets the scores of all but `topk_group` groups to -inf; a group counts by its best, or its best two."""
+        grouped = biased.unflatten(-1, (self.n_group, -1))  # [N, groups, E / groups]
+        group_scores = grouped.topk(self.group_top, dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+
     @torch.no_grad()
     def update_bias(self, load: torch.Tensor, speed: float) -> None:
         """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E]."""
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+
+
+class HashRouter(ExpertRouter):
+    """Chooses experts by the token's id: `tid2eid` [V, K] is fixed, saved with the weights, and never learned.
+
+    How DeepSeek made its table is not published. `balanced_table` is ours: over any E consecutive ids every expert is
+    chosen exactly K times. The ids of a BPE vocabulary are in order of frequency, so experts of a layer get about
+    equal shares of the tokens as well.
+    """
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config)
+        self.seed = layer_idx
+        self.tid2eid: torch.Tensor
+        self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.int64))
+
+    def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        return self.tid2eid[input_ids]
+
+    @torch.no_grad()
+    def reset_table(self) -> None:
+        init.copy_(self.tid2eid, balanced_table(len(self.tid2eid), self.top_k, self.num_experts, self.seed))
+
+    @torch.no_grad()
+    def resize_table(self, vocab_size: int) -> None:
+        """Adds rows for new token ids, or drops those of removed ones."""
+        table = balanced_table(vocab_size, self.top_k, self.num_experts, self.seed).to(self.tid2eid.device)
+        kept = min(vocab_size, len(self.tid2eid))
+        table[:kept] = self.tid2eid[:kept]
+        self.tid2eid = table
+
+
+def balanced_table(vocab_size: int, top_k: int, num_experts: int, seed: int) -> torch.Tensor:
+    """K different experts for every token id, int64 [V, K]; the same for the same seed, on every machine.
+
+    Ids are taken E at a time. Within such a block id j goes to the experts `(p[j] + s_k) mod E` for a random
+    permutation p and K different shifts s_k, hence K times to every expert.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    blocks = -(-vocab_size // num_experts)
+
+    def permutations() -> torch.Tensor:
+        return torch.rand(blocks, num_experts, generator=generator, device="cpu").argsort(dim=-1)
+
+    places, shifts = permutations(), permutations()[:, :top_k]
+    table = (places.unsqueeze(2) + shifts.unsqueeze(1)) % num_experts  # [blocks, E, K]
+    return table.flatten(0, 1)[:vocab_size].contiguous()
 
 
 @use_experts_implementation
@@ -91,6 +186,7 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, inner))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.swiglu_limit = config.swiglu_limit
         self.register_load_state_dict_pre_hook(_fuse_experts)
 
     def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -98,11 +194,16 @@ class RoutedExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(indices == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            inner = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
+            expert_output = F.linear(inner, self.down_proj[expert])
             weighted = expert_output * weights[token, slot, None]
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[..., 2 I] -> [..., I]. transformers' grouped kernels call it by this name."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up, self.act_fn, self.swiglu_limit)
 
     def forward_sorted(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The same as `forward`, with the tokens of an expert side by side. The fast way on a CPU.
@@ -122,8 +223,8 @@ class RoutedExperts(nn.Module):
         outputs = []
         for expert, count in enumerate(counts):
             if count:
-                gate, up = F.linear(grouped[expert], gate_ups[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(self.act_fn(gate) * up * weights[expert], downs[expert]))
+                inner = self._apply_gate(F.linear(grouped[expert], gate_ups[expert]))
+                outputs.append(F.linear(inner * weights[expert], downs[expert]))
         return torch.zeros_like(hidden_states).index_add(0, token, torch.cat(outputs).to(hidden_states.dtype))
 
 
@@ -162,10 +263,12 @@ def _fuse_experts(module: RoutedExperts, state_dict: dict, prefix: str, *_) -> N
 class MixtureOfExperts(nn.Module):
     """Router, routed experts and shared experts (stored as one network of their joint width)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer_idx: int = 0):
         super().__init__()
         self.seq_aux_loss_coef = config.seq_aux_loss_coef
-        self.gate = TopKRouter(config)
+        self.aux_loss_alpha = config.aux_loss_alpha
+        self.seq_aux = config.seq_aux
+        self.gate = self.make_router(config, layer_idx)
         self.experts = DeviceAwareExperts(config)
         self.shared_experts = (
             FeedForward(config, config.moe_intermediate_size * config.n_shared_experts)
@@ -173,31 +276,64 @@ class MixtureOfExperts(nn.Module):
             else None
         )
 
+    def make_router(self, config, layer_idx: int) -> ExpertRouter:
+        return TopKRouter(config)
+
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Mixes channels, and reports how the tokens were routed.
 
         Args:
             hidden_states: [B, T, d].
             token_mask: [B, T], True for real tokens; padding is routed but not counted. None: all are real.
+            input_ids: [B, T], what a hash router routes by.
 
         Returns:
-            Output [B, T, d]; tokens per expert [E] (fp32); weighted sequence-wise balance loss, in training only.
+            Output [B, T, d]; tokens per expert [E] (fp32); weighted balance losses, in training only.
         """
         tokens = hidden_states.flatten(0, 1)  # [N, d]
-        logits, weights, indices = self.gate(tokens)
+        logits, weights, indices = self.gate(tokens, None if input_ids is None else input_ids.flatten())
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
 
         batch = hidden_states.shape[0]
-        counts = count_tokens(indices.unflatten(0, (batch, -1)), self.gate.num_experts, token_mask).sum(dim=0)
+        indices = indices.unflatten(0, (batch, -1))
+        counts = count_tokens(indices, self.gate.num_experts, token_mask).sum(dim=0)
         balance_loss = None
-        if self.training and self.seq_aux_loss_coef:
-            scores = logits.sigmoid().unflatten(0, (batch, -1))
-            balance_loss = self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+        if self.training and (self.seq_aux_loss_coef or self.aux_loss_alpha):
+            scores = self.gate.affinities(logits).unflatten(0, (batch, -1))
+            balance_loss = self.balance_loss(scores, indices, token_mask)
         return output, counts, balance_loss
+
+    def balance_loss(
+        self, scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weighted losses that are switched on, for affinities [B, T, E] and chosen experts [B, T, K]."""
+        loss = scores.new_zeros(())
+        if self.seq_aux_loss_coef:
+            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+        if self.aux_loss_alpha:
+            if not self.seq_aux:  # the whole batch as one sequence
+                scores, indices = scores.flatten(0, 1).unsqueeze(0), indices.flatten(0, 1).unsqueeze(0)
+                token_mask = None if token_mask is None else token_mask.flatten().unsqueeze(0)
+            loss = loss + self.aux_loss_alpha * expert_balance_loss(scores, indices, token_mask)
+        return loss
+
+
+class HashMixtureOfExperts(MixtureOfExperts):
+    """A mixture whose experts are chosen by token id. Nothing is to be balanced by learning, so it has no loss."""
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
+        self.seq_aux_loss_coef = self.aux_loss_alpha = 0.0
+
+    def make_router(self, config, layer_idx: int) -> ExpertRouter:
+        return HashRouter(config, layer_idx)
 
 
 def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -209,21 +345,35 @@ def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tens
     return counts.scatter_add_(1, indices.flatten(1), chosen.flatten(1))
 
 
+def expert_balance_loss(
+    scores: torch.Tensor, indices: torch.Tensor, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """DeepSeekMoE's expert-level balance loss (arXiv 2401.06066, eqs 12-14), mean over sequences.
+
+    `sum_i f_i P_i` with `f_i = E / (K T) * tokens sent to expert i` (without gradient) and `P_i` the mean over tokens
+    of the scores normalised to 1 (softmax scores are so already). It is 1 when all experts are equally loaded.
+
+    Args:
+        scores: non-negative affinities [B, T, E].
+        indices: chosen experts [B, T, K].
+        token_mask: [B, T], True for real tokens. None: all are real.
+    """
+    mask = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B, T]
+    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+    counts = count_tokens(indices, scores.shape[-1], token_mask)
+    fraction = counts * scores.shape[-1] / (indices.shape[-1] * length)  # [B, E]
+    normalised = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * mask.unsqueeze(-1)
+    return (fraction * normalised.sum(dim=1) / length).sum(dim=-1).mean()
+
+
 def sequence_balance_loss(scores: torch.Tensor, top_k: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eqs 17-20), mean over sequences.
 
-    `sum_i f_i P_i` with `f_i = E / (K T) * tokens that have expert i among their K largest scores` (without the
-    bias, and without gradient) and `P_i` the mean over tokens of the scores normalised to 1. It is 1 when all
-    experts are equally loaded.
+    The expert-level loss of tokens sent to their K largest scores, as if there were no bias and no groups.
 
     Args:
         scores: non-negative affinities [B, T, E].
         top_k: K.
         token_mask: [B, T], True for real tokens. None: all are real.
     """
-    mask = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B, T]
-    length = mask.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
-    counts = count_tokens(scores.topk(top_k, dim=-1).indices, scores.shape[-1], token_mask)
-    fraction = counts * scores.shape[-1] / (top_k * length)  # [B, E]
-    normalised = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20) * mask.unsqueeze(-1)
-    return (fraction * normalised.sum(dim=1) / length).sum(dim=-1).mean()
+    return expert_balance_loss(scores, scores.topk(top_k, dim=-1).indices, token_mask)

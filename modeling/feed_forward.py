@@ -2,11 +2,25 @@
 
 gated:  down(act(gate x) * up x)     SwiGLU with act = silu (arXiv 2002.05202), DeepSeek's form
 plain:  down(act(up x))              the classic two-matrix network with act = relu (arXiv 1706.03762, 3.3)
+
+DeepSeek-V4 (`Expert` in its inference code) clamps `gate x` from above and `up x` on both sides, which keeps single
+activations from growing until training becomes unstable.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+
+
+def gated_activation(
+    gate: torch.Tensor, up: torch.Tensor, act_fn: Callable, limit: float | None = None
+) -> torch.Tensor:
+    """`act(gate) * up`; with a limit both are clamped before."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return act_fn(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -20,18 +34,22 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
         self.gated = gated
+        self.swiglu_limit = config.swiglu_limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gated:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            inner = gated_activation(self.gate_proj(x), self.up_proj(x), self.act_fn, self.swiglu_limit)
+            return self.down_proj(inner)
         return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
 class DenseChannelMixer(FeedForward):
     """A feed-forward network as a layer's channel mixer: nothing is routed, so it reports no routing."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer_idx: int = 0):
         super().__init__(config, config.intermediate_size, config.mlp_gated)
 
-    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, None, None]:
+    def forward(
+        self, x: torch.Tensor, token_mask: torch.Tensor | None = None, input_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None, None]:
         return super().forward(x), None, None

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
+from .cache import adopt_cache, token_places
+from .compressed_attention import Compressor, SlidingWindowAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
-from .experts import RoutedExperts, TopKRouter
-from .multi_token_prediction import MultiTokenPredictionLayer, look_ahead, targets_ahead
+from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
+from .hyper_connections import HyperConnection, StreamCollapse, split_streams
+from .indexing import FrozenIndexer
+from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
 
@@ -54,7 +59,9 @@ class FathomModelOutput(ModelOutput):
         past_key_values: the cache, where one is used.
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
         expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
-        balance_loss: sum over layers of the weighted sequence-wise balance loss; in training only.
+        balance_loss: sum over layers of the weighted balance losses; in training only.
+        final_states: what MTP layers continue from: `last_hidden_state`, or with n > 1 residual streams the streams
+            [B, T, n, d] before they are collapsed.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -64,6 +71,7 @@ class FathomModelOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     expert_counts: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    final_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -104,14 +112,30 @@ class FathomPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(FathomDecoderLayer, index=0),
         "attentions": OutputRecorder(FathomAttention, index=1),
-        "router_logits": OutputRecorder(TopKRouter, index=0),
+        "router_logits": OutputRecorder(ExpertRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: FathomConfig, *args, **kwargs):
+        if config.uses("dsa"):
+            # A choice of keys per query is a mask, which these backends cannot be given as a tensor.
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if config.compresses:
+            # No fused kernel takes sinks and entries: attention is computed as it is written, under "sdpa" too.
+            self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which makes every loaded parameter trainable: the indexers are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, FrozenIndexer):
+                module.requires_grad_(False)
+        return loaded
 
     # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
     @classmethod
@@ -133,17 +157,32 @@ class FathomPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, TopKRouter):
+        if isinstance(module, ExpertRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
+            if isinstance(module, TopKRouter) and module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+            elif isinstance(module, HashRouter):
+                module.reset_table()
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, HyperConnection | StreamCollapse):
+            module.reset_parameters(std)
+        elif isinstance(module, SlidingWindowAttention | Compressor):
+            module.reset_parameters()
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers. New token ids also get experts in layers that route by id."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, HashRouter):
+                module.resize_table(embeddings.num_embeddings)
+        return embeddings
 
     @torch.no_grad()
     def update_router_bias(self) -> torch.Tensor | None:
@@ -154,22 +193,26 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
-            (that of an MTP layer, where no labels were given) has load 0 and its bias stays.
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. Greedy routers and hash
+            routers have no bias; their load is reported all the same.
         """
-        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
         if not routers:
             return None
         # Zeros instead of an early return: on another rank the same router may have counted.
         load = torch.stack(
             [
-                torch.zeros_like(router.e_score_correction_bias) if router.expert_load is None else router.expert_load
+                torch.zeros(router.num_experts, device=router.weight.device)
+                if router.expert_load is None
+                else router.expert_load
                 for router in routers
             ]
         )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            router.update_bias(router_load, self.config.router_bias_update_speed)
+            if isinstance(router, TopKRouter):
+                router.update_bias(router_load, self.config.router_bias_update_speed)
             router.expert_load = None
         return load
 
@@ -205,8 +248,12 @@ class FathomModel(FathomPreTrainedModel):
             [FathomDecoderLayer(config, i) for i in range(last)]
             + [MultiTokenPredictionLayer(config, i) for i in range(last, last + config.num_nextn_predict_layers)]
         )
+        self.hc_head = StreamCollapse(config) if config.hc_mult > 1 else nn.Identity()
         self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = FathomRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        # Layers with a compressed past have rotary embeddings of their own, of two bases.
+        shares_rope = config.position_embedding_type == "rope" and not config.compresses
+        self.rotary_emb = FathomRotaryEmbedding(config) if shares_rope else None
+        self.routes_by_id = config.uses("hash")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -229,37 +276,55 @@ class FathomModel(FathomPreTrainedModel):
         """Runs the main layers.
 
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, d] instead.
+            input_ids: [B, T]; or `inputs_embeds` [B, T, d] instead. Layers of the kind `hash` route by token id:
+                with them, give both, and `inputs_embeds` is what is embedded.
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
             past_key_values: cache of the tokens before these.
             use_cache: return a cache; never in training.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both or neither")
+        self.check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        if past_key_values is not None and self.config.compresses:
+            adopt_cache(past_key_values, self.config)
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
+            if self.config.compresses:
+                adopt_cache(past_key_values, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
+        hidden_states = split_streams(hidden_states, self.config.hc_mult)
         outputs: list[LayerOutput] = []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            output = LayerOutput(*layer(hidden_states, past_key_values=past_key_values, **layer_inputs, **kwargs))
+            output = LayerOutput(
+                *layer(hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs)
+            )
             hidden_states = output.hidden_states
             outputs.append(output)
 
         expert_counts, balance_loss = self.collect_routing(outputs)
+        last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             expert_counts=expert_counts,
             balance_loss=balance_loss,
+            final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
+
+    def check_inputs(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+        """Raises unless there is exactly one of the two, or what hash routing needs."""
+        if self.routes_by_id and input_ids is None and inputs_embeds is not None:
+            raise ValueError("layers of the kind 'hash' route by token id: pass input_ids along with inputs_embeds")
+        if (input_ids is None and inputs_embeds is None) or (
+            not self.routes_by_id and input_ids is not None and inputs_embeds is not None
+        ):
+            raise ValueError("give either input_ids or inputs_embeds, not both or neither")
 
     def layer_inputs(
         self,
@@ -267,11 +332,30 @@ class FathomModel(FathomPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> dict[str, torch.Tensor | tuple | None]:
-        """What all layers share: `position_ids`, `position_embeddings`, `attention_mask` (causal), `token_mask`."""
+    ) -> dict[str, Any]:
+        """What all layers share.
+
+        Returns:
+            `position_ids` [B, T] and `token_mask` [B, T]; and by the kind of token mixers either
+            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents (see `cache`).
+        """
+        length = inputs_embeds.shape[1]
+        token_mask = None
+        # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -length:].bool()
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
+            if attention_mask is not None and token_mask is not None and attention_mask.shape[1] == past + length:
+                # Positions count from the first real token, so that a padded row is what it is alone.
+                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+        shared = {"position_ids": position_ids, "token_mask": token_mask}
+        if self.config.compresses:
+            if attention_mask is not None and token_mask is None:
+                raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
+            last = past_key_values.layers[0].last_places if past_key_values is not None else None
+            return {**shared, "places": token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -279,25 +363,19 @@ class FathomModel(FathomPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        token_mask = None
-        # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        return {
-            "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None,
-            "attention_mask": causal_mask,
-            "token_mask": token_mask,
-        }
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
+        return {**shared, "position_embeddings": position_embeddings, "attention_mask": causal_mask}
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Adds sinusoids to embeddings scaled by sqrt(d) (arXiv 1706.03762, 3.4 and 3.5); nothing with RoPE."""
-        if self.rotary_emb is not None:
+        if self.config.position_embedding_type == "rope":
             return inputs_embeds
         width = inputs_embeds.shape[-1]
         return inputs_embeds * width**0.5 + sinusoidal_positions(position_ids, width).to(inputs_embeds.dtype)
 
-    def collect_routing(self, outputs: list[LayerOutput]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def collect_routing(
+        self, outputs: list[LayerOutput] | list[DraftOutput]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Stacks the layers' expert counts [M, E] and adds their balance losses; None where there are none."""
         counts = [output.expert_counts for output in outputs if output.expert_counts is not None]
         losses = [output.balance_loss for output in outputs if output.balance_loss is not None]
@@ -359,7 +437,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
                 embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
                 mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
-                    hidden_states, embeds, attention_mask, position_ids, labels, **kwargs
+                    outputs.final_states, embeds, attention_mask, position_ids, labels, input_ids, **kwargs
                 )
                 if self.training and mtp_counts is not None:
                     expert_counts = mtp_counts if expert_counts is None else torch.cat((expert_counts, mtp_counts))
@@ -387,25 +465,34 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def multi_token_prediction(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         labels: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the MTP layers on the main model's output [B, T, d].
+        """Runs the MTP layers on the main model's `final_states`.
 
         Returns:
             Mean cross-entropy over the depths; expert counts of the MTP layers [depths, E]; their balance loss.
         """
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
-        outputs: list[LayerOutput] = []
+        outputs: list[DraftOutput] = []
         losses: list[torch.Tensor] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
-            output = LayerOutput(*layer(hidden_states, look_ahead(inputs_embeds, depth), **layer_inputs, **kwargs))
-            hidden_states = output.hidden_states
+            output = DraftOutput(
+                *layer(
+                    states,
+                    look_ahead(inputs_embeds, depth),
+                    input_ids=None if input_ids is None else look_ahead(input_ids, depth),
+                    **layer_inputs,
+                    **kwargs,
+                )
+            )
+            states = output.states
             outputs.append(output)
             targets = targets_ahead(labels, position_ids, depth)
             num_items = kwargs.get("num_items_in_batch")
@@ -414,7 +501,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 num_items = (targets != -100).sum().clamp(min=1)
             losses.append(
                 self.loss_function(
-                    logits=self.lm_head(hidden_states),
+                    logits=self.lm_head(output.hidden_states),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,
@@ -425,7 +512,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        routers = [module for module in self.modules() if isinstance(module, TopKRouter)]
+        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
         for router, counts in zip(routers, expert_counts, strict=False):
             router.add_load(counts)
 

@@ -9,14 +9,22 @@ The released weights put the embedding first, where the paper's figure puts it s
 output after its final norm, as in transformers and vLLM. On disk the layer of depth k is
 `model.layers.{num_hidden_layers + k - 1}`.
 
-Shapes: B batch, T tokens, d width.
+With n > 1 residual streams (DeepSeek-V4, `MTPBlock` of its inference code) h is the streams before they are
+collapsed, each of them joined with the embedding by two products, and every depth collapses its own streams:
+
+    X^k = Layer(W_e norm(emb(t_{i+k})) + W_h norm(X^{k-1})),    p(t_{i+k+1}) = softmax(head(norm(collapse(X^k))))
+
+Shapes: B batch, T tokens, n streams, d width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .decoder_layer import FathomDecoderLayer, LayerOutput
+from .decoder_layer import FathomDecoderLayer
+from .hyper_connections import StreamCollapse
 from .normalization import FathomRMSNorm
 
 
@@ -28,24 +36,50 @@ class SharedHead(nn.Module):
         self.norm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+class DraftOutput(NamedTuple):
+    """What an MTP layer returns; the statistics are those of `LayerOutput`."""
+
+    hidden_states: torch.Tensor  # [B, T, d], input of the shared head
+    states: torch.Tensor  # what the next depth continues from: the same, or with streams [B, T, n, d]
+    expert_counts: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+
+
 class MultiTokenPredictionLayer(FathomDecoderLayer):
     """A decoder layer that takes the next token's embedding along."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.has_streams = config.hc_mult > 1
         self.enorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        if self.has_streams:
+            self.e_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.h_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.hc_head = StreamCollapse(config)
+        else:
+            self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
-    ) -> LayerOutput:
-        """Previous depth's states [B, T, d] and embeddings of the tokens k ahead [B, T, d] -> states [B, T, d]."""
-        joined = torch.cat((self.enorm(next_embeds), self.hnorm(hidden_states)), dim=-1)
+        self, states: torch.Tensor, next_embeds: torch.Tensor, **kwargs
+    ) -> DraftOutput:
+        """Previous depth's states, and embeddings of the tokens k ahead [B, T, d] -> states and what they predict."""
         # The unwrapped forward: this layer as a whole is what gradient checkpointing recomputes.
-        output = FathomDecoderLayer.forward(self, self.eh_proj(joined), **kwargs)
-        return output._replace(hidden_states=self.shared_head.norm(output.hidden_states))
+        output = FathomDecoderLayer.forward(self, self.join(states, next_embeds), **kwargs)
+        states = output.hidden_states
+        if self.has_streams:
+            hidden_states = self.shared_head.norm(self.hc_head(states))
+        else:
+            hidden_states = states = self.shared_head.norm(states)
+        return DraftOutput(hidden_states, states, output.expert_counts, output.balance_loss)
+
+    def join(self, states: torch.Tensor, next_embeds: torch.Tensor) -> torch.Tensor:
+        """Input of the decoder layer, in the shape of `states`."""
+        embeds, states = self.enorm(next_embeds), self.hnorm(states)
+        if self.has_streams:
+            return self.e_proj(embeds).unsqueeze(2) + self.h_proj(states)
+        return self.eh_proj(torch.cat((embeds, states), dim=-1))
 
 
 def look_ahead(values: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:

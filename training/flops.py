@@ -1,7 +1,8 @@
 """Work per token and the machine's speed, so that a run can say which part of the hardware it reaches.
 
-A matrix of n parameters costs 2 n floating-point operations per token forward and twice that backward. Causal
-attention over T tokens adds 2 (D_qk + D_v) per head and visible token, T / 2 of them on average.
+A matrix of n parameters costs 2 n floating-point operations per token forward and twice that backward. Attention over
+T tokens adds 2 (D_qk + D_v) per head and key that a query reads: T / 2 of them on average where it is dense and causal,
+fewer where a window or an indexer limits them. An indexer scores every key and is not trained: forward only.
 """
 
 import time
@@ -10,11 +11,17 @@ import torch
 from torch import nn
 
 from ..modeling.attention import FathomAttention
-from ..modeling.experts import RoutedExperts, TopKRouter
+from ..modeling.experts import ExpertRouter, RoutedExperts
+from ..modeling.hyper_connections import HyperConnection, StreamCollapse
+from ..modeling.indexing import FrozenIndexer
+from ..modeling.multi_token_prediction import MultiTokenPredictionLayer
 
 
 def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     """Floating-point operations of one forward and backward pass per token, MTP layers and all heads included.
+
+    Counted is what the model needs: a kernel that computes scores of keys that are then masked does more. Left out is
+    what is small: sums over residual streams, norms and activations.
 
     Args:
         model: a Fathom model.
@@ -25,19 +32,49 @@ def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     matrices = 0
     attention = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear | TopKRouter):
+        if isinstance(module, nn.Linear | ExpertRouter):
             matrices += module.weight.numel()
         elif isinstance(module, RoutedExperts):
             experts = module.gate_up_proj.numel() + module.down_proj.numel()
             matrices += experts * config.num_experts_per_tok // module.num_experts
+        elif isinstance(module, HyperConnection):
+            matrices += module.fn.numel()
+        elif isinstance(module, StreamCollapse):
+            matrices += module.hc_fn.numel()
+        elif isinstance(module, MultiTokenPredictionLayer) and module.has_streams:
+            matrices += (config.hc_mult - 1) * module.h_proj.weight.numel()  # runs once per stream
         elif isinstance(module, FathomAttention):
             key_width = getattr(module, "qk_head_dim", config.head_dim)
             value_width = getattr(module, "v_head_dim", config.head_dim)
-            attention += 2 * module.num_heads * (key_width + value_width) * sequence_length / 2
+            keys = keys_read(config, config.token_mixer(module.layer_idx), sequence_length)
+            attention += 2 * module.num_heads * (key_width + value_width) * keys
     # The head runs once more for every MTP depth. A classifier has neither.
     if config.num_nextn_predict_layers:
         matrices += config.num_nextn_predict_layers * model.get_output_embeddings().weight.numel()
-    return 3 * (2 * matrices + attention)
+    indexers = [module for module in model.modules() if isinstance(module, FrozenIndexer)]
+    frozen = sum(
+        linear.weight.numel() for each in indexers for linear in each.modules() if isinstance(linear, nn.Linear)
+    )
+    candidates = sequence_length / 2 / (config.compress_rate_csa if config.uses("csa") else 1)
+    scores = len(indexers) * 2 * config.index_n_heads * config.index_head_dim * candidates
+    return 3 * (2 * (matrices - frozen) + attention) + 2 * frozen + scores
+
+
+def keys_read(config, kind: str, length: float) -> float:
+    """Keys and compressed entries that a query reads in a layer of that kind, on average over a text of `length`."""
+
+    def newest_or_best(total: float, limit: int) -> float:
+        """Mean of min(x, limit) for x from 0 to `total`."""
+        return total / 2 if total <= limit else limit - limit**2 / (2 * total)
+
+    if kind in ("mha", "mla"):
+        return length / 2
+    if kind == "dsa":
+        return newest_or_best(length, config.index_topk)
+    window = newest_or_best(length, config.sliding_window)
+    if kind == "csa":
+        return window + newest_or_best(length / config.compress_rate_csa, config.index_topk)
+    return window + (length / config.compress_rate_hca / 2 if kind == "hca" else 0)
 
 
 def measured_throughput(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:

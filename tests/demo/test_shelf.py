@@ -10,6 +10,7 @@ import torch
 
 from fathom.demo import shelf as module
 from fathom.demo.shelf import Shelf, load_source, untrained
+from fathom.modeling.presets import GENERATIONS
 from fathom.training.errors import UserError
 
 
@@ -24,9 +25,9 @@ def runs(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def test_sources_are_named_ones_then_checkpoints_then_untrained_models(runs: Path) -> None:
     sources = Shelf(runs, ["owner/name", str(runs / "second")]).sources()
     assert sources[:2] == ["owner/name", str(runs / "second")]
-    assert set(sources[2:-2]) == {str(runs / "first"), str(runs / "damaged")}
-    assert sources[-2:] == ["random:v3", "random:classic"]
-    assert Shelf(runs / "none").sources() == ["random:v3", "random:classic"]
+    assert set(sources[2:4]) == {str(runs / "first"), str(runs / "damaged")}
+    newest_first = [f"random:{generation}" for generation in reversed(GENERATIONS)]
+    assert sources[4:] == Shelf(runs / "none").sources() == newest_first
 
 
 def test_the_first_model_is_freed_before_the_second_is_loaded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import StaticCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb
 
 from fathom import FathomConfig, FathomForCausalLM
@@ -190,6 +191,22 @@ def test_cache_after_beam_reorder_and_crop(generation, more):
     full = model(torch.cat((first[beams, :7], second), dim=1), use_cache=False).logits
     torch.testing.assert_close(continued, full[:, 7:], atol=1e-5, rtol=0)
     assert cache.get_seq_length() == 7 + more
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("generation", ["v3", "moe"])
+def test_a_prompt_into_a_static_cache(generation, attn_implementation):
+    """Without padding SDPA gets no mask: the prompt is causal, and the free places behind it are not seen."""
+    torch.manual_seed(0)
+    sizes = TINY if generation == "v3" else {"hidden_size": 64, "vocab_size": 97, "num_hidden_layers": 2}
+    config = FathomConfig.preset(generation, **sizes, initializer_range=0.1, attn_implementation=attn_implementation)
+    model = FathomForCausalLM(config).eval()
+    tokens = torch.randint(3, 97, (2, 12))
+    cache = StaticCache(config=config, max_cache_len=40)
+    expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(model(tokens[:, :9], past_key_values=cache).logits, expected[:, :9], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(tokens[:, 9:], past_key_values=cache).logits, expected[:, 9:], atol=1e-5, rtol=0)
 
 
 def test_rotary_frequencies_stay_in_fp32():

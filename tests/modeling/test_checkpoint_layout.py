@@ -62,7 +62,7 @@ MOE = [
 MTP = ["enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"]
 
 
-def config(**overrides) -> FathomConfig:
+def config(generation: str = "v3", **overrides) -> FathomConfig:
     settings = {
         "hidden_size": 64,
         "num_attention_heads": 2,
@@ -73,13 +73,13 @@ def config(**overrides) -> FathomConfig:
         "moe_intermediate_size": 32,
         "max_position_embeddings": 256,
     }
-    return FathomConfig.preset("v3", **{**settings, **overrides})
+    return FathomConfig.preset(generation, **{**settings, **overrides})
 
 
-def model(**overrides) -> FathomForCausalLM:
+def model(generation: str = "v3", **overrides) -> FathomForCausalLM:
     """Random weights, random routing biases: a bias of 0 could be forgotten unnoticed."""
     torch.manual_seed(0)
-    created = FathomForCausalLM(config(**overrides)).eval()
+    created = FathomForCausalLM(config(generation, **overrides)).eval()
     for name, buffer in created.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_()
@@ -127,8 +127,9 @@ def test_tensor_names_are_the_official_ones(tmp_path):
 
 @pytest.mark.parametrize("rope", [None, YARN], ids=["rope", "yarn"])
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
-def test_round_trip_is_exact(tmp_path, shards, rope):
-    saved = model(rope_parameters=rope, num_nextn_predict_layers=2)
+@pytest.mark.parametrize("generation", ["v3", "v4"])
+def test_round_trip_is_exact(tmp_path, generation, shards, rope):
+    saved = model(generation, rope_parameters=rope, num_nextn_predict_layers=2)
     saved.save_pretrained(tmp_path, max_shard_size="100KB" if shards else "5GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == shards
     loaded = FathomForCausalLM.from_pretrained(tmp_path)
@@ -150,6 +151,30 @@ def test_yarn_frequencies_after_loading_are_yarns(tmp_path):
     torch.testing.assert_close(frequencies[0], plain[0])
     torch.testing.assert_close(frequencies[-1], plain[-1] / factor)
     assert torch.equal(loaded.model.rotary_emb.original_inv_freq, frequencies)
+
+
+def test_tensor_names_of_v4(tmp_path):
+    """transformers' names in memory, experts one by one; V4's MTP layer continues their scheme. Layer 3 is `hca`."""
+    model("v4", num_hidden_layers=4).save_pretrained(tmp_path)
+    attention = [f"self_attn.{name}_proj.weight" for name in ("q_a", "q_b", "kv", "o_a", "o_b")]
+    attention += ["self_attn.q_a_norm.weight", "self_attn.kv_norm.weight", "self_attn.sinks"]
+    compressor = ["kv_proj.weight", "gate_proj.weight", "position_bias", "kv_norm.weight"]
+    indexer = [*compressor, "q_b_proj.weight", "scorer.weights_proj.weight"]
+    streams = [f"{site}_hc.{name}" for site in ("attn", "ffn") for name in ("fn", "base", "scale")]
+    head = [f"hc_head.hc_{name}" for name in ("fn", "base", "scale")]
+    experts = [name for name in MOE if name != "mlp.gate.e_score_correction_bias"]
+    common = [*attention, *streams, *NORMS, *experts]
+
+    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *(f"model.{name}" for name in head)}
+    for layer in range(5):
+        choice = "mlp.gate.tid2eid" if layer == 0 else "mlp.gate.e_score_correction_bias"
+        expected |= {f"model.layers.{layer}.{name}" for name in [*common, choice]}
+    for layer in (2, 3):
+        expected |= {f"model.layers.{layer}.self_attn.compressor.{name}" for name in compressor}
+    expected |= {f"model.layers.2.self_attn.compressor.indexer.{name}" for name in indexer}
+    mtp = ["enorm.weight", "hnorm.weight", "e_proj.weight", "h_proj.weight", "shared_head.norm.weight", *head]
+    expected |= {f"model.layers.4.{name}" for name in mtp}
+    assert names_on_disk(tmp_path) == expected
 
 
 def test_load_state_dict_reads_experts_one_by_one(tmp_path):
@@ -309,11 +334,12 @@ print("equal")
 """
 
 
-def test_code_travels_with_the_weights(tmp_path):
+@pytest.mark.parametrize("generation", ["v3", "v4"])
+def test_code_travels_with_the_weights(tmp_path, generation):
     """A fresh process that has no fathom: same numbers for all Auto classes, generation, training, saving again."""
     ids = tokens()
     torch.save(ids, tmp_path / "tokens.pt")
-    language_model = model()
+    language_model = model(generation)
     for auto_class, model_class in (
         (AutoModel, FathomModel),
         (AutoModelForCausalLM, FathomForCausalLM),
@@ -321,7 +347,7 @@ def test_code_travels_with_the_weights(tmp_path):
         (AutoModelForTokenClassification, FathomForTokenClassification),
     ):
         folder = tmp_path / auto_class.__name__
-        saved = language_model if model_class is FathomForCausalLM else model_class(config()).eval()
+        saved = language_model if model_class is FathomForCausalLM else model_class(config(generation)).eval()
         saved.save_pretrained(folder)
         with torch.no_grad():
             output = saved(ids)

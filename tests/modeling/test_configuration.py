@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from fathom import FathomConfig, FathomForCausalLM
+from fathom.modeling.presets import GENERATIONS, OFFICIAL
 
 # The release's config.json without `quantization_config` (https://huggingface.co/deepseek-ai/DeepSeek-V3).
 DEEPSEEK_V3_CONFIG_JSON = {
@@ -74,19 +75,22 @@ def own_fields(config: FathomConfig) -> dict:
 
 
 @pytest.mark.parametrize("size", ["nano", "micro", "small"])
-@pytest.mark.parametrize("generation", ["classic", "v3"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_preset_builds(generation, size):
     config = FathomConfig.preset(generation, size=size)
     assert config.generation == generation
     with torch.device("meta"):
         counts = FathomForCausalLM(config).parameter_counts()
     assert 0 < counts["embedding"] < counts["active"] <= counts["total"]
-    assert (counts["mtp"] > 0) == (generation == "v3")
+    assert (counts["mtp"] > 0) == (generation in ("v3", "v3.2", "v4"))
 
 
 WIDTHS = {
     "v3": ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size"),
+    "v4": ("num_attention_heads", "q_lora_rank", "o_groups", "moe_intermediate_size"),
     "classic": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    "moe": ("num_attention_heads", "intermediate_size", "moe_intermediate_size"),
+    "v2": ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size"),
 }
 FIXED = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim", "n_routed_experts", "num_experts_per_tok")
 
@@ -123,6 +127,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        ({"swiglu_limit": 0}, "swiglu_limit=0 must be above 0, or None"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"hidden_size": "256"}, "hidden_size='256' must be a whole number"),
         ({"hidden_size": 8}, "num_attention_heads=0 must be at least 1"),
@@ -133,13 +138,17 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
         ),
         ({"token_mixers": "mlaa"}, "unknown kind 'mlaa' in token_mixers; did you mean mla"),
         ({"channel_mixers": "mo"}, "unknown kind 'mo' in channel_mixers; did you mean moe"),
-        ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose one for all layers"),
+        ({"token_mixers": ["mla", "mla", "mha", "mla", "mla"]}, "choose mha for all layers, or none"),
         ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
         ({"position_embedding_type": "learned"}, "known: rope, sinusoidal"),
-        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not known; known: sigmoid"),
-        ({"topk_method": "greedy"}, "topk_method='greedy' is not known; known: noaux_tc"),
+        ({"scoring_func": "softmx"}, "scoring_func='softmx' is not known; did you mean softmax?; known: sigmoid, soft"),
+        ({"topk_method": "best"}, "topk_method='best' is not known; known: greedy, group_limited_greedy, noaux_tc"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1; list each layer's kind in channel_mixers instead"),
+        ({"topk_method": "group_limited_greedy", "n_group": 3}, "n_routed_experts=16 must be a multiple of n_group=3"),
         ({"hidden_act": "swilu"}, "hidden_act='swilu' is not known; did you mean silu"),
-        ({"hc_mult": 4}, "hc_mult=1"),
+        ({"hc_mult": 0}, "hc_mult=0 must be at least 1"),
+        ({"hc_mult": 4, "hc_sinkhorn_iters": 0}, "hc_sinkhorn_iters=0 must be at least 1"),
+        ({"hc_mult": 4, "hc_eps": 0.0}, "hc_eps=0.0 must be above 0"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
         ({"qk_rope_head_dim": 0}, "qk_rope_head_dim=0 must be at least 1"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1"),
@@ -218,12 +227,180 @@ def test_official_config_json_is_the_official_preset(tmp_path: Path):
     assert mine == official
 
 
-def test_parameter_counts_are_the_published_ones():
-    """671 B in all and 37 B per token (DeepSeek-V3, arXiv 2412.19437); the MTP module as in README_WEIGHTS.md."""
+PUBLISHED = {
+    # DeepSeekMoE, section 5.1.2: 16.4 B in all, 2.8 B per token.
+    "moe-16b": {"total": 16.4, "active": 2.8, "embedding": 0.4, "mtp": 0.0},
+    # DeepSeek-V2, appendix B: 15.7 B and 2.4 B, which leaves out the 0.2 B of the input embedding.
+    "v2-lite": {"total": 15.7, "active": 2.7, "embedding": 0.4, "mtp": 0.0},
+    # DeepSeek-V2, section 3.1.2: 236 B and 21 B.
+    "v2-236b": {"total": 235.7, "active": 21.4, "embedding": 1.0, "mtp": 0.0},
+    # DeepSeek-V3: 671 B and 37 B, without the input embedding; the MTP module as in README_WEIGHTS.md.
+    "v3-671b": {"total": 671.0, "active": 37.6, "embedding": 1.9, "mtp": 11.6},
+    # V3 and 61 indexers of 1536 * 64 * 128 + 7168 * (128 + 64) + 2 * 128 = 14.0 million.
+    "v3.2-671b": {"total": 671.9, "active": 38.4, "embedding": 1.9, "mtp": 11.6},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
-        counts = FathomForCausalLM(FathomConfig.preset("v3-671b")).parameter_counts()
-    billions = {name: round(count / 1e9, 1) for name, count in counts.items()}
-    assert billions == {"total": 671.0, "active": 37.6, "embedding": 1.9, "mtp": 11.6}
+        counts = FathomForCausalLM(FathomConfig.preset(name)).parameter_counts()
+    assert {kind: round(count / 1e9, 1) for kind, count in counts.items()} == PUBLISHED[name]
+
+
+# The release's config.json is V3's but for these (https://huggingface.co/deepseek-ai/DeepSeek-V3.2-Exp).
+DEEPSEEK_V32_CONFIG_JSON = {
+    **DEEPSEEK_V3_CONFIG_JSON,
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}
+
+
+def test_v32_config_json_is_the_official_preset(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V32_CONFIG_JSON))
+    read = FathomConfig.from_pretrained(tmp_path)
+    read.rope_parameters.pop("type", None)
+    assert own_fields(read) == own_fields(FathomConfig.preset("v3.2", size="671b"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"q_lora_rank": None}, "token_mixers 'dsa' selects by compressed queries; set q_lora_rank, or use 'mla'"),
+        ({"index_head_dim": 8}, "index_head_dim=8 must be at least qk_rope_head_dim=16"),
+        ({"index_topk": 0}, "index_topk=0 must be at least 1"),
+        ({"index_n_heads": 0}, "index_n_heads=0 must be at least 1"),
+        ({"token_mixers": ["dsa", "mha", "dsa", "dsa", "dsa"]}, "choose mha for all layers, or none"),
+    ],
+    ids=str,
+)
+def test_impossible_indexers(overrides, says):
+    with pytest.raises(ValueError, match=says):
+        FathomConfig.preset("v3.2", **overrides)
+
+
+def test_sparse_and_dense_layers_in_one_model():
+    config = FathomConfig.preset("v3.2", token_mixers=["mla", "dsa", "mla", "dsa", "mla"])
+    assert config.head_dim == config.qk_rope_head_dim
+    with torch.device("meta"):
+        layers = FathomForCausalLM(config).model.layers
+    assert [hasattr(layer.self_attn, "indexer") for layer in layers] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("preset", "total", "active"), [("v4-flash", "284B", "13B"), ("v4-pro", "1.6T", "49B")])
+def test_parameter_counts_of_v4_round_to_the_published_ones(preset, total, active):
+    """The published active parameters leave out the embedding, which only looks rows up."""
+    config = FathomConfig.preset(preset)
+    with torch.device("meta"):
+        counts = FathomForCausalLM(config).parameter_counts()
+    lookup = config.vocab_size * config.hidden_size
+    billions, used = counts["total"] / 1e9, (counts["active"] - lookup) / 1e9
+    assert (f"{billions:.0f}B" if billions < 1000 else f"{billions / 1000:.1f}T") == total
+    assert f"{used:.0f}B" == active
+
+
+# The release's config.json (https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash), what matters to the model.
+DEEPSEEK_V4_FLASH_CONFIG_JSON = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "bos_token_id": 0,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "compress_rope_theta": 160000,
+    "eos_token_id": 1,
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+    "max_position_embeddings": 1048576,
+    "model_type": "deepseek_v4",
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_hidden_layers": 43,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "q_lora_rank": 1024,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+
+
+def test_official_v4_config_json_is_the_official_preset(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4_FLASH_CONFIG_JSON))
+    read, preset = FathomConfig.from_pretrained(tmp_path), FathomConfig.preset("v4", size="flash")
+    kinds = [preset.token_mixer(i) for i in range(44)]
+    assert {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")} == {"swa": 3, "csa": 21, "hca": 20}
+    assert [preset.channel_mixer(i) for i in range(44)] == ["hash"] * 3 + ["moe"] * 41
+    mine, official = own_fields(preset), own_fields(read)
+    official["rope_parameters"].pop("type", None)  # the older spelling of rope_type, which transformers keeps
+    official.pop("pad_token_id", None)
+    mine.pop("pad_token_id", None)
+    assert mine == official
+    assert read.model_type == "fathom"
+
+
+def test_schedule_of_v4_pro():
+    config = FathomConfig.preset("v4-pro")
+    kinds = [config.token_mixer(i) for i in range(62)]
+    assert kinds[:5] == ["hca", "hca", "csa", "hca", "csa"]
+    assert {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")} == {"swa": 1, "csa": 30, "hca": 31}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"compress_ratios": [0, 4, 64, 4, 0]}, "compress_ratios has 64, which is neither 0 nor compress_rate_csa=4"),
+        ({"token_mixers": ["swa", "csa", "mla", "hca", "swa"]}, "choose one family"),
+        ({"position_embedding_type": "sinusoidal"}, "set position_embedding_type='rope'"),
+        ({"sliding_window": None}, "need a sliding_window"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        ({"q_lora_rank": None}, "compress queries; set q_lora_rank"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: in swa, csa and hca layers all heads share one key"),
+        ({"o_groups": 3}, "num_attention_heads=4 must be a multiple of o_groups=3"),
+        ({"index_head_dim": 8}, "index_head_dim=8 must be at least qk_rope_head_dim=16"),
+        ({"qk_rope_head_dim": 128}, "qk_rope_head_dim=128 must be even and at most head_dim=64"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic' changes with the length of the text",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_impossible_v4_combinations_say_how_to_mend_them(overrides, says):
+    settings = {"vocab_size": 97, "num_hidden_layers": 4, **overrides}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below, literally
+        FathomConfig(**settings) if "compress_ratios" in settings else FathomConfig.preset("v4", **settings)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_parameter_counts_by_hand():
@@ -236,7 +413,100 @@ def test_parameter_counts_by_hand():
     assert tied.parameter_counts()["embedding"] == 97 * 64
 
 
-@pytest.mark.parametrize("preset", ["classic", "v3", "v3-671b"])
+# What the releases' config.json files say beyond numbers of parameters, by https://huggingface.co/deepseek-ai.
+DEEPSEEK_V2_LITE_CONFIG_JSON = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+    "pad_token_id": None,
+}
+DEEPSEEK_MOE_16B_CONFIG_JSON = {
+    "architectures": ["DeepseekForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 4096,
+    "model_type": "deepseek",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 16,
+    "pad_token_id": None,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "vocab_size": 102400,
+}
+
+
+@pytest.mark.parametrize(
+    ("official", "preset"), [(DEEPSEEK_V2_LITE_CONFIG_JSON, "v2-lite"), (DEEPSEEK_MOE_16B_CONFIG_JSON, "moe-16b")]
+)
+def test_earlier_config_json_is_the_official_preset(official, preset, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    read, mine = FathomConfig.from_pretrained(tmp_path), FathomConfig.preset(preset)
+    read.rope_parameters.pop("type", None)  # the older spelling of rope_type, which transformers keeps
+    assert own_fields(read) == own_fields(mine)
+    assert read.model_type == "fathom"
+
+
+@pytest.mark.parametrize("preset", [*GENERATIONS, *OFFICIAL])
 def test_round_trip(preset, tmp_path: Path):
     config = FathomConfig.preset(preset, mtp_loss_weight=0.1)
     config.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ ROWS = [[7, 1, 12, 5], [25], [1, 1, 2, 21]]
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("generation", ["v3", "classic"])
+@pytest.mark.parametrize("generation", ["v4", "v3.2", "v3", "v2", "moe", "classic"])
 def test_packed_documents_equal_documents_alone(generation, attn_implementation, training):
     """With the defaults of a plain forward: no attention mask, and in evaluation a cache is made."""
     torch.manual_seed(0)
@@ -21,6 +21,7 @@ def test_packed_documents_equal_documents_alone(generation, attn_implementation,
         num_hidden_layers=3,
         vocab_size=97,
         initializer_range=0.15,
+        index_topk=6,
         attn_implementation=attn_implementation,
     )
     assert config.use_cache

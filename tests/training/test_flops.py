@@ -6,7 +6,7 @@ from tiny_runs import model
 from torch.utils.flop_counter import FlopCounterMode
 
 from fathom import FathomConfig, FathomForCausalLM, FathomForSequenceClassification
-from fathom.training.flops import bf16_pays, measured_throughput, training_flops_per_token
+from fathom.training.flops import bf16_pays, keys_read, measured_throughput, training_flops_per_token
 
 LENGTH = 16
 
@@ -44,6 +44,47 @@ def check(language_model: FathomForCausalLM) -> None:
     forward, both = counted(language_model)
     assert without + 2 * (with_half - without) == pytest.approx(3 * forward, rel=0.005)
     assert both == pytest.approx(3 * forward, rel=0.01)
+
+
+def test_v32_costs_its_indexers_more_than_v3_while_every_key_is_chosen():
+    """By hand, forward only; counted although a text that short leaves nothing to choose."""
+    config = FathomConfig.preset("v3.2", hidden_size=64, num_hidden_layers=2, vocab_size=97, index_topk=LENGTH)
+    sparse = FathomForCausalLM(config)
+    dense = FathomForCausalLM(FathomConfig.preset("v3", hidden_size=64, num_hidden_layers=2, vocab_size=97))
+    indexer = sparse.model.layers[0].self_attn.indexer
+    heads, width, query_latent = 32, 32, config.q_lora_rank
+    per_layer = 2 * (query_latent * heads * width + 64 * (width + heads)) + 2 * heads * width * LENGTH / 2
+    assert indexer.wq_b.weight.numel() == query_latent * heads * width
+    # Three indexers: two main layers and the MTP layer.
+    difference = training_flops_per_token(sparse, LENGTH) - training_flops_per_token(dense, LENGTH)
+    assert difference == pytest.approx(3 * per_layer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("mha", lambda t: t),
+        ("dsa", lambda t: min(t, 30)),
+        ("swa", lambda t: min(t, 20)),
+        ("csa", lambda t: min(t, 20) + min(t / 4, 30)),
+        ("hca", lambda t: min(t, 20) + t / 32),
+    ],
+)
+@pytest.mark.parametrize("length", [16, 1000])
+def test_keys_read_are_the_mean_over_the_text(kind, limits, length):
+    config = FathomConfig.preset("v4", sliding_window=20, index_topk=30)
+    steps = 20000
+    mean = sum(limits(length * (i + 0.5) / steps) for i in range(steps)) / steps
+    assert keys_read(config, kind, length) == pytest.approx(mean, rel=1e-4)
+
+
+def test_v4_is_near_the_count():
+    """Torch counts masked scores and the sums over residual streams as well; at this length both are small."""
+    config = FathomConfig.preset("v4", hidden_size=256, num_hidden_layers=3, vocab_size=97)
+    language_model = FathomForCausalLM(config).train()
+    forward, _ = counted(language_model)
+    frozen = sum(p.numel() for p in language_model.parameters() if p.dim() == 2 and not p.requires_grad)
+    assert training_flops_per_token(language_model, LENGTH) + 4 * frozen == pytest.approx(3 * forward, rel=0.05)
 
 
 def test_a_classifier_has_no_second_head():

@@ -1,0 +1,390 @@
+"""Token mixing by a window and a compressed past: DeepSeek-V4's attention (its report, section 2.3).
+
+All heads share one key, which is also the value. A query sees the newest tokens one by one, and in `csa` and `hca`
+layers older ones as compressed entries, each made of a block of m tokens:
+
+    q_h = rope(norm(W_QB norm(W_QA x))_h),   k = v = rope(norm(W_KV x))
+    p_h = softmax([q_h k_s / sqrt(D) for visible s, sink_h]),   o_h = rope^-1(sum_s p_hs v_s)
+    y = W_OB concat_g(W_OA,g o_g)                               o_g: the heads of group g
+
+The values carry the rotation of their own position; turning the output back by the query's leaves their distance. The
+sink is a logit without a value: a head may attend to nothing.
+
+    swa   the window only
+    hca   + every entry of the document, m = 128:     e_i = norm(sum_j softmax_j(Z_j + B_j) * C_j)
+    csa   + the best entries, m = 4, chosen by the indexer; an entry reads its own block and the one before
+
+C = W_C x and Z = W_Z x are per channel, B is a bias per place in the block, j runs over the block. In csa layers both
+have twice the channels: the first half is what a token tells the next block's entry, the second half its own's. An
+entry is rotated by its block's first position, and visible from its block's last token on.
+
+The indexer has small entries of its own, scores them and chooses among them as `indexing` says.
+
+Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places (`cache`).
+
+Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H heads, D head width, P rotary width.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .attention import FathomAttention
+from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
+from .indexing import FrozenIndexer, best_of, index_scores
+from .normalization import FathomRMSNorm
+from .rotary import FathomRotaryEmbedding, apply_rotary
+
+
+class GroupedLinear(nn.Linear):
+    """A linear map per group, [B, T, G, in] -> [B, T, G, out]; the weight is [G out, in], group after group."""
+
+    def __init__(self, in_features: int, out_features: int, groups: int):
+        super().__init__(in_features, groups * out_features, bias=False)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
+
+
+class Compressor(nn.Module):
+    """Makes entries of width D out of blocks of m tokens.
+
+    Its parameters stand in the module that uses it (`self_attn.compressor`, `self_attn.compressor.indexer`), as in
+    transformers' layout.
+    """
+
+    def __init__(self, config, width: int, block: int, overlap: bool):
+        super().__init__()
+        self.width = width
+        self.block = block
+        self.overlap = overlap
+        channels = 2 * width if overlap else width
+        self.kv_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.position_bias = nn.Parameter(torch.empty(block, channels))
+        self.kv_norm = FathomRMSNorm(width, eps=config.rms_norm_eps)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.position_bias)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a token contributes, values and gates side by side: [B, T, d] -> [B, T, 2 D] or, overlapping, 4 D."""
+        return torch.cat((self.kv_proj(hidden_states), self.gate_proj(hidden_states)), dim=-1)
+
+    def forward(
+        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries of the blocks that are completed by tokens beyond a place.
+
+        Args:
+            contributions: [B, S, 2 D or 4 D], of the new tokens and of those before that may share blocks with them.
+            places: [B, S].
+            after: [B, 1], place of the newest token whose entries exist already.
+
+        Returns:
+            Entries [B, M, D], not yet rotated, and their places [B, M]; NOWHERE where there is none.
+        """
+        grid, places = blocks(contributions, places, self.block)  # [B, M, m, W], [B, M, m]
+        values, gates = grid.float().chunk(2, dim=-1)
+        # A block's missing tokens, those before its document's first included, have no weight.
+        missing = (places == NOWHERE).unsqueeze(-1)
+        least = torch.finfo(gates.dtype).min
+        gates = (gates + self.position_bias.float()).masked_fill(missing, least)
+        if self.overlap:
+            number = block_number(places.amax(dim=-1), self.block)  # [B, M]
+            follows = F.pad(number[:, 1:] == number[:, :-1] + 1, (1, 0))
+            values, gates = with_block_before(values, 0.0, follows), with_block_before(gates, least, follows)
+        pooled = (gates.softmax(dim=2) * values).sum(dim=2)  # [B, M, D]
+        last = places[..., -1]  # NOWHERE where the block's last token is still to come
+        return self.kv_norm(pooled.to(contributions.dtype)), last.masked_fill(last <= after, NOWHERE)
+
+
+def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
+    """Number of a place's block: blocks of a document follow one another, those of two documents never do."""
+    positions = places % DOCUMENT
+    return places - positions + positions // block
+
+
+def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorts tokens into their blocks.
+
+    Args:
+        tokens: [B, S, W].
+        places: [B, S].
+        block: m.
+
+    Returns:
+        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. M is the
+        largest number of blocks that a row touches.
+    """
+    real = places != NOWHERE
+    number = block_number(places, block)
+    # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
+    highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
+    ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
+    count = max(int(ordinal.max()) + 1, 1)
+    # One slot more than there are takes the padding.
+    slot = torch.where(real, ordinal * block + places % DOCUMENT % block, count * block)
+    batch, _, width = tokens.shape
+    grid = tokens.new_zeros(batch, count * block + 1, width)
+    grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
+    grid_places = places.new_full((batch, count * block + 1), NOWHERE).scatter(1, slot, places)
+    return grid[:, :-1].unflatten(1, (count, block)), grid_places[:, :-1].unflatten(1, (count, block))
+
+
+def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) -> torch.Tensor:
+    """Puts the block before in front of every block.
+
+    Args:
+        grid: [B, M, m, 2 D]; the first half of the channels is meant for the next block, the second for its own.
+        fill: value in place of a block before that is not there.
+        follows: [B, M], whether the block before in the row is also the one before in the document.
+
+    Returns:
+        [B, M, 2 m, D].
+    """
+    for_next, for_own = grid.chunk(2, dim=-1)
+    before = F.pad(for_next[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
+    return torch.cat((before.masked_fill(~follows[..., None, None], fill), for_own), dim=2)
+
+
+class IndexerScorer(nn.Module):
+    """`I_s = sum_h w_h relu(q_h k_s)`, with both scales of the product in the weights."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weights_proj = nn.Linear(config.hidden_size, config.index_n_heads, bias=False)
+        self.scaling = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
+
+    def forward(self, query: torch.Tensor, entries: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries [B, H, T, D], entries [B, N, D] and hidden states [B, T, d] -> fp32 scores [B, T, N]."""
+        weights = self.weights_proj(hidden_states).float() * self.scaling  # [B, T, H]
+        return index_scores(query, entries, weights)
+
+
+class Indexer(Compressor, FrozenIndexer):
+    """Chooses the entries that a query of a `csa` layer sees, by small entries of its own."""
+
+    def __init__(self, config):
+        super().__init__(config, config.index_head_dim, config.compress_rate_csa, overlap=True)
+        self.num_heads = config.index_n_heads
+        self.index_topk = config.index_topk
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False)
+        self.scorer = IndexerScorer(config)
+        self.requires_grad_(False)
+
+    # The choice has no gradient, so neither have the scores that it is made by.
+    @torch.no_grad()
+    def select(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        entries: torch.Tensor,
+        visible: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """The `index_topk` best of the visible entries.
+
+        Args:
+            hidden_states: [B, T, d].
+            q_latent: [B, T, q_lora_rank], the attention's compressed queries.
+            entries: [B, N, index_head_dim].
+            visible: [B, T, N].
+            rotation: cosines and sines of the queries' positions.
+
+        Returns:
+            Bool [B, T, N].
+        """
+        query = self.q_b_proj(q_latent).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
+        query = rotate_end(query, *rotation)
+        scores = self.scorer(query, entries, hidden_states)
+        return best_of(scores.masked_fill(~visible, float("-inf")), self.index_topk) & visible
+
+
+class CompressedSparseCompressor(Compressor):
+    """The compressor of a `csa` layer, which the indexer belongs to in transformers' layout."""
+
+    def __init__(self, config):
+        super().__init__(config, config.head_dim, config.compress_rate_csa, overlap=True)
+        self.indexer = Indexer(config)
+
+
+class SlidingWindowAttention(FathomAttention):
+    """Shared-key attention over the newest tokens, and what `csa` and `hca` have in common with it."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window
+        self.norm_eps = config.rms_norm_eps
+        self.scaling = self.head_dim**-0.5
+        query_width = self.num_heads * self.head_dim
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_norm = FathomRMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.kv_norm = FathomRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_a_proj = GroupedLinear(query_width // config.o_groups, config.o_lora_rank, config.o_groups)
+        self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads))
+        self.compressor = self.make_compressor(config)
+        self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.sinks)
+
+    def make_compressor(self, config) -> Compressor | None:
+        return None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        places: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixes tokens.
+
+        Args:
+            hidden_states: [B, T, d].
+            places: [B, T], where the tokens stand (`cache.token_places`); this takes the part of an attention mask.
+            past_key_values: cache whose layer is a `CompressedCacheLayer`.
+
+        Returns:
+            Output [B, T, d]; attention weights [B, H, T, S + N], the window's tokens first, then the entries.
+        """
+        rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
+        q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
+        query = self.q_b_proj(q_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        query = F.rms_norm(query.float(), query.shape[-1:], eps=self.norm_eps).to(query.dtype)
+        query = rotate_end(query, *rotation)  # [B, H, T, D]
+        key = rotate_end(self.kv_norm(self.kv_proj(hidden_states)).unsqueeze(1), *rotation).squeeze(1)  # [B, T, D]
+
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        streams = {"places": places, "window": key, **self.contributions(hidden_states)}
+        after = torch.full_like(places[:, :1], NOWHERE)
+        if layer is not None:
+            after = after if layer.last_places is None else layer.last_places.unsqueeze(1)
+            streams = layer.append_tokens(**streams)
+        keys = streams["window"]  # [B, S, D]
+        distance = places.unsqueeze(2) - streams["places"][:, -keys.shape[1] :].unsqueeze(1)
+        visible = (distance >= 0) & (distance < self.window)  # [B, T, S]
+        if self.compressor is not None:
+            entries = self.entries(streams, after, layer)
+            keys = torch.cat((keys, entries["compressor"]), dim=1)
+            visible = torch.cat((visible, self.visible_entries(hidden_states, q_latent, places, entries, rotation)), 2)
+
+        output, weights = self.attend_with_sinks(query, keys, visible)
+        cos, sin = rotation
+        output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
+        output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
+        return self.o_b_proj(output), weights
+
+    def attend_with_sinks(
+        self, query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax in fp32 over the visible keys and one more logit per head, whose value is 0.
+
+        Args:
+            query: [B, H, T, D].
+            keys: [B, S, D], values at the same time.
+            visible: bool [B, T, S]. A query that sees nothing gives all its weight to the sink.
+
+        Returns:
+            Output [B, H, T, D] and weights [B, H, T, S] without the sink's.
+        """
+        scores = (query.flatten(1, 2) @ keys.transpose(-1, -2) * self.scaling).unflatten(1, query.shape[1:3]).float()
+        scores = scores.masked_fill(~visible.unsqueeze(1), torch.finfo(scores.dtype).min)
+        sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype)
+        weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
+        return (weights.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3]), weights
+
+    def contributions(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the new tokens contribute to entries, by compressor: {name: [B, T, W]}."""
+        return {name: compressor.project(hidden_states) for name, compressor in self.compressors().items()}
+
+    def compressors(self) -> dict[str, Compressor]:
+        return {} if self.compressor is None else {"compressor": self.compressor}
+
+    def entries(
+        self, streams: dict[str, torch.Tensor], after: torch.Tensor, layer: CompressedCacheLayer | None
+    ) -> dict[str, torch.Tensor]:
+        """All entries so far, by compressor [B, N, D], and their `places` [B, N]."""
+        new: dict[str, torch.Tensor] = {}
+        for name, compressor in self.compressors().items():
+            contributions = streams[name]
+            entries, places = compressor(contributions, streams["places"][:, -contributions.shape[1] :], after)
+            first = (places % DOCUMENT - (compressor.block - 1)).clamp(min=0)
+            rotation = self.rotary_emb(entries, first)
+            new[name] = rotate_end(entries.unsqueeze(1), *rotation).squeeze(1)
+            new["places"] = places
+        return new if layer is None else layer.append_entries(**new)
+
+    def visible_entries(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        places: torch.Tensor,
+        entries: dict[str, torch.Tensor],
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Entries of the query's own document that are complete: bool [B, T, N]."""
+        query, entry = places.unsqueeze(2), entries["places"].unsqueeze(1)
+        return (entry <= query) & (entry >= query - query % DOCUMENT)
+
+
+class HeavilyCompressedAttention(SlidingWindowAttention):
+    """The window and all entries of large blocks."""
+
+    def make_compressor(self, config) -> Compressor:
+        return Compressor(config, config.head_dim, config.compress_rate_hca, overlap=False)
+
+
+class CompressedSparseAttention(SlidingWindowAttention):
+    """The window and the best entries of small, overlapping blocks."""
+
+    compressor: CompressedSparseCompressor
+
+    def make_compressor(self, config) -> Compressor:
+        return CompressedSparseCompressor(config)
+
+    def compressors(self) -> dict[str, Compressor]:
+        return {"compressor": self.compressor, "indexer": self.compressor.indexer}
+
+    def visible_entries(self, hidden_states, q_latent, places, entries, rotation) -> torch.Tensor:
+        """The best of them by the indexer: bool [B, T, N]."""
+        visible = super().visible_entries(hidden_states, q_latent, places, entries, rotation)
+        return self.compressor.indexer.select(hidden_states, q_latent, entries["indexer"], visible, rotation)
+
+
+def rotate_end(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2]."""
+    still, turned = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    turned = apply_rotary(turned.float(), cos.float(), sin.float(), interleaved=True)
+    return torch.cat((still, turned.to(x.dtype)), dim=-1)
+
+
+def rotary_config(config, compressed: bool):
+    """The configuration of one of V4's two rotary embeddings, in the form that transformers' rotary code reads.
+
+    Layers with a compressed past have a larger base, and YaRN; DeepSeek's code does not scale cosines and sines by
+    YaRN's attention factor, which transformers would derive if it were not said. Windows are short, and have neither.
+    """
+    view = copy.copy(config)
+    view.head_dim = config.qk_rope_head_dim
+    rope = config.rope_parameters
+    if compressed:
+        view.rope_parameters = {**rope, "rope_theta": config.compress_rope_theta}
+        if rope["rope_type"] == "yarn":
+            view.rope_parameters["attention_factor"] = 1.0
+    else:
+        view.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return view

@@ -1,0 +1,140 @@
+"""Residual mixing by manifold-constrained hyper-connections (mHC, arXiv 2512.24880; DeepSeek-V4, section 2.2).
+
+The residual stream becomes n streams X in R^{n x d}, at first n copies of the embedding. A sub-layer reads a
+weighted sum of them, and its output is added to each of them while they are mixed with one another:
+
+    u = sum_j pre_j X_j,    y = F(norm(u)),    X'_k = post_k y + sum_j M_jk X_j
+
+All weights are computed from the streams of the token themselves, m = (W vec(X)) / rms(vec(X)):
+
+    pre = sigmoid(a_0 m_pre + b_pre) + eps,    post = 2 sigmoid(a_1 m_post + b_post)
+    M = Sinkhorn(softmax(a_2 m_res + b_res) + eps)
+
+Sinkhorn's steps make rows and columns of M sum to 1 in turn. A product of such matrices is one again, so that a
+deep stack of layers neither amplifies nor loses what was in the streams. DeepSeek's code ends on the columns, where
+the paper ends on the rows; this is the code's order. After the last layer the streams are summed with weights like
+`pre` (`StreamCollapse`).
+
+Shapes: B batch, T tokens, n streams, d width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+
+class StreamMixing(NamedTuple):
+    """What a read keeps for the write: weights of the output [B, T, n] and between the streams [B, T, n, n], fp32."""
+
+    post: torch.Tensor
+    residual: torch.Tensor
+
+
+class HyperConnection(nn.Module):
+    """One sub-layer's connection to n residual streams."""
+
+    def __init__(self, config):
+        super().__init__()
+        streams = config.hc_mult
+        self.hc_mult = streams
+        self.sinkhorn_iters = config.hc_sinkhorn_iters
+        self.hc_eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+        # Rows: n for `pre`, n for `post`, n^2 for M. `fn`, `base` and `scale` are DeepSeek's names.
+        self.fn = nn.Parameter(torch.empty((2 + streams) * streams, streams * config.hidden_size))
+        self.base = nn.Parameter(torch.empty((2 + streams) * streams))
+        self.scale = nn.Parameter(torch.empty(3))
+
+    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, StreamMixing]:
+        """Streams [B, T, n, d] -> the sub-layer's input [B, T, d], and the mixing that `write` takes."""
+        n = self.hc_mult
+        # Autocast would compute the weights in bf16; they steer every layer's residual, so they stay in fp32.
+        with torch.autocast(streams.device.type, enabled=False):
+            logits = project_streams(streams, self.fn, self.norm_eps)  # [B, T, (2 + n) n]
+            pre, post, residual = logits.split([n, n, n * n], dim=-1)
+            base_pre, base_post, base_residual = self.base.float().split([n, n, n * n])
+            scale_pre, scale_post, scale_residual = self.scale.float()
+            pre = torch.sigmoid(pre * scale_pre + base_pre) + self.hc_eps
+            post = 2 * torch.sigmoid(post * scale_post + base_post)
+            residual = (residual * scale_residual + base_residual).unflatten(-1, (n, n))
+            residual = sinkhorn(residual, self.sinkhorn_iters, self.hc_eps)
+        return sum_streams(streams, pre), StreamMixing(post, residual)
+
+    def write(self, streams: torch.Tensor, output: torch.Tensor, mixing: StreamMixing) -> torch.Tensor:
+        """Streams [B, T, n, d] and the sub-layer's output [B, T, d] -> streams [B, T, n, d]."""
+        post, residual = mixing.post.to(streams.dtype), mixing.residual.to(streams.dtype)
+        return post.unsqueeze(-1) * output.unsqueeze(-2) + residual.transpose(-1, -2) @ streams
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Starts as the plain residual connection of the mean stream: pre = 1/n, post = 1, M close to the identity.
+
+        The papers only say that the scales start small; 0.01 is that of arXiv 2512.24880, table 5. transformers
+        starts with scale 1 and base 0, where M mixes all streams evenly and they can hardly become different.
+        """
+        n = self.hc_mult
+        init.normal_(self.fn, mean=0.0, std=std)
+        init.constant_(self.scale, 0.01)
+        mean = torch.full((n,), -math.log(n - 1))  # sigmoid of it is 1/n
+        identity = 4.0 * torch.eye(n).flatten()  # a row's softmax is 0.95 on the diagonal for n = 4
+        init.copy_(self.base, torch.cat((mean, torch.zeros(n), identity)))
+
+
+class StreamCollapse(nn.Module):
+    """The n streams after the last layer as one: [B, T, n, d] -> [B, T, d]."""
+
+    def __init__(self, config):
+        super().__init__()
+        streams = config.hc_mult
+        self.hc_mult = streams
+        self.hc_eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+        self.hc_fn = nn.Parameter(torch.empty(streams, streams * config.hidden_size))
+        self.hc_base = nn.Parameter(torch.empty(streams))
+        self.hc_scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, streams: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(streams.device.type, enabled=False):
+            logits = project_streams(streams, self.hc_fn, self.norm_eps)  # [B, T, n]
+            weights = torch.sigmoid(logits * self.hc_scale.float() + self.hc_base.float()) + self.hc_eps
+        return sum_streams(streams, weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Starts as the mean of the streams."""
+        init.normal_(self.hc_fn, mean=0.0, std=std)
+        init.constant_(self.hc_scale, 0.01)
+        init.constant_(self.hc_base, -math.log(self.hc_mult - 1))
+
+
+def split_streams(hidden_states: torch.Tensor, streams: int) -> torch.Tensor:
+    """[B, T, d] -> `streams` copies [B, T, n, d]; unchanged for one stream."""
+    return hidden_states if streams == 1 else hidden_states.unsqueeze(2).expand(-1, -1, streams, -1)
+
+
+def project_streams(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.Tensor:
+    """`fn vec(X) / rms(vec(X))` in fp32: streams [B, T, n, d] and fn [m, n d] -> [B, T, m]."""
+    flat = streams.flatten(2).float()
+    return F.linear(F.rms_norm(flat, flat.shape[-1:], eps=eps), fn.float())
+
+
+def sum_streams(streams: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`sum_j weights_j X_j`: streams [B, T, n, d] and fp32 weights [B, T, n] -> [B, T, d], in the streams' dtype."""
+    return (weights.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
+
+
+def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+    """Sinkhorn-Knopp: [..., n, n] logits -> non-negative matrices whose rows and columns nearly sum to 1.
+
+    The softmax is the first step on the rows; every iteration ends on the columns, whose sums are exact up to eps.
+    """
+    matrix = logits.softmax(dim=-1) + eps
+    matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
+    return matrix

@@ -1,0 +1,176 @@
+"""Token mixing by DeepSeek Sparse Attention (DSA): MLA over the few keys that a lightning indexer selects.
+
+DeepSeek-V3.2 (arXiv 2512.02556, section 2.1) gives every layer a second, very small attention whose scores only
+choose. It has J heads for queries, from MLA's query latent c_q, and one key per token:
+
+    q = W_q c_q,   k = LayerNorm(W_k h),   w = W_w h
+    I_ts = sum_j w_tj relu(q_tj k_s) / sqrt(J D)         S_t = the K visible keys s with the largest I_ts
+    MLA of query t over the keys in S_t
+
+Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours in its last P (deepseek-ai/
+DeepSeek-V3.2-Exp, inference/model.py since 2025-11-17; the code before mixed them up). That code also multiplies q and
+k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
+
+Ties, and why an indexer is frozen: see `indexing`.
+
+Cache. One latent, one rotary key and one indexer key per token: R + P + D numbers. The two keys lie side by side in
+the `values` of transformers' ordinary cache layers, so that each of those and all they can do (crop, beam reorder,
+offload, preallocation) holds for sparse attention.
+
+Shapes: B batch, T query tokens, S key tokens, K chosen keys, H heads, J indexer heads, D indexer head width,
+R latent width, P rotary width, d width, Q query latent width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .attention import MultiHeadLatentAttention
+from .indexing import FrozenIndexer, best_of, index_scores
+from .rotary import apply_rotary
+
+
+class LightningIndexer(FrozenIndexer):
+    """Scores every key for every query. Computes in fp32: rounding would choose other keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.index_n_heads
+        self.head_dim = config.index_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+        self.requires_grad_(False)
+
+    def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Hidden states [B, T, d] -> keys [B, 1, T, D]."""
+        return self.rotate(self.k_norm(self.wk(hidden_states)).unsqueeze(1), position_embeddings)
+
+    def scores(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Scores of all keys for all queries.
+
+        Args:
+            hidden_states: [B, T, d]. q_latent: MLA's normed query latent [B, T, Q].
+            keys: [B, 1, S, D], cached ones included.
+
+        Returns:
+            [B, T, S] in fp32. Keys that a query may not see are scored as well.
+        """
+        query = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        query = self.rotate(query, position_embeddings)  # [B, J, T, D]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            weights = F.linear(hidden_states.float(), self.weights_proj.weight.float())  # [B, T, J]
+            weights = weights * (self.n_heads * self.head_dim) ** -0.5
+        return index_scores(query, keys.squeeze(1), weights)
+
+    def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
+        rotary, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
+        return torch.cat((apply_rotary(rotary, *position_embeddings, interleaved=False), rest), dim=-1)
+
+
+class DeepseekSparseAttention(MultiHeadLatentAttention):
+    """MLA in which a query reads at most `index_topk` keys."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.index_topk = config.index_topk
+        self.indexer = LightningIndexer(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+        q_latent = self.query_latent(hidden_states)
+        q_nope, q_pe = self.queries(q_latent, position_embeddings)
+        latent, k_pe = self.latents(hidden_states, position_embeddings)
+        with torch.no_grad():
+            index_keys = self.indexer.keys(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            both_keys = torch.cat((k_pe, index_keys), dim=-1)
+            latent, both_keys = past_key_values.update(latent, both_keys, self.layer_idx)
+            k_pe, index_keys = both_keys.split([self.qk_rope_head_dim, self.indexer.head_dim], dim=-1)
+
+        attend = self.attend_latents
+        if latent.shape[2] > self.index_topk:
+            with torch.no_grad():
+                scores = self.indexer.scores(hidden_states, q_latent, index_keys, position_embeddings)
+                attention_mask = keep_best(scores, attention_mask, self.index_topk)
+            if self.gathering_pays(q_nope, latent):
+                attend = self.gathered_attention
+        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+        return self.o_proj(output), weights
+
+    def gathering_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
+        """Whether the chosen latents of all queries are fewer than the cached ones.
+
+        Then reading them alone saves products and memory traffic alike. `eager` is the reference and never gathers.
+        """
+        return q_nope.shape[2] * self.index_topk < latent.shape[2] and self.config._attn_implementation == "sdpa"
+
+    def gathered_attention(
+        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same numbers as `attend_latents`, from the chosen latents alone. Returns [B, T, H * D_v] and None.
+
+        Args:
+            attention_mask: [B, 1, T, S] that leaves at most K keys visible to a query.
+        """
+        batch, _, queries, _ = q_nope.shape
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _hidden(attention_mask)
+        # The visible keys of each query; where they are fewer than K, hidden ones fill up and stay masked.
+        indices = visible[:, 0].int().topk(self.index_topk, dim=-1, sorted=False).indices  # [B, T, K]
+        sequences = torch.arange(batch, device=indices.device)[:, None, None]
+        chosen_mask = attention_mask[:, 0].gather(-1, indices)  # [B, T, K]
+
+        def alone(x: torch.Tensor) -> torch.Tensor:
+            """[B, h, T, n] -> [B T, h, 1, n]: every query with keys of its own is a sequence of its own."""
+            return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+        output, _ = self.absorbed_attention(
+            alone(q_nope),
+            alone(q_pe),
+            latent[sequences, 0, indices].flatten(0, 1).unsqueeze(1),  # [B T, 1, K, R]
+            k_pe[sequences, 0, indices].flatten(0, 1).unsqueeze(1),
+            chosen_mask.flatten(0, 1)[:, None, None],
+        )
+        return output.view(batch, queries, -1), None
+
+
+def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: int) -> torch.Tensor:
+    """Hides all keys from a query but the `top_k` best of those it may see.
+
+    Args:
+        scores: [B, T, S].
+        attention_mask: boolean (True = visible) or additive, [B or 1, 1, T, S]; None as PyTorch's SDPA has it: a
+            single query sees every key, several see those up to their own, counted from the first.
+
+    Returns:
+        A mask of the same kind, [B, 1, T, S].
+    """
+    if attention_mask is None:
+        everything = torch.ones(1, 1, *scores.shape[1:], dtype=torch.bool, device=scores.device)
+        attention_mask = everything if scores.shape[1] == 1 else everything.tril()
+    scores = scores.unsqueeze(1)
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & best_of(scores.masked_fill(~attention_mask, float("-inf")), top_k)
+    return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
+
+
+def _hidden(additive_mask: torch.Tensor) -> float:
+    """What an additive mask adds to the score of a hidden key."""
+    return torch.finfo(additive_mask.dtype).min
