@@ -22,7 +22,9 @@ class PretrainOptions:
     corpus: str = field(default="runs/corpus", metadata={"help": "folder made by `fathom corpus`"})
     tokenizer: str = field(default="runs/tokenizer", metadata={"help": "folder made by `fathom tokenizer`"})
     out: str = field(default="runs/pretrain", metadata={"help": "folder for the model and its checkpoints"})
-    generation: str = field(default="v3", metadata={"help": "classic, v3, or an official model (v3-671b)"})
+    generation: str = field(
+        default="v3", metadata={"help": "classic, moe, v2, v3, v3.2, v4, or an official model (v3-671b)"}
+    )
     size: str = field(default="nano", metadata={"help": "nano, micro or small"})
     override: list[str] = field(
         default_factory=list, metadata={"help": "fields of FathomConfig, as name=value (n_routed_experts=32 ...)"}

@@ -25,7 +25,7 @@ class QuickstartOptions:
 
     out: Path = field(default=Path("runs/quickstart"), metadata={"help": "folder for all results"})
     sources: list[str] = field(default_factory=lambda: ["stdlib"], metadata={"help": "text, as for `fathom corpus`"})
-    generation: str = field(default="v3", metadata={"help": "classic or v3"})
+    generation: str = field(default="v3", metadata={"help": "classic, moe, v2, v3, v3.2 or v4"})
     vocab_size: int = field(default=2048, metadata={"help": "ids of the tokenizer"})
     pretrain_steps: int = field(default=1000, metadata={"help": "optimizer steps of pretraining"})
     sft_steps: int = field(default=300, metadata={"help": "optimizer steps of fine-tuning"})
