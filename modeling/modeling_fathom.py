@@ -542,8 +542,8 @@ def _only_in_language_models(config: FathomConfig) -> list[str]:
     return [r"^lm_head\.", *(rf"layers\.{i}\." for i in mtp_layers)]
 
 
-class FathomForSequenceClassification(GenericForSequenceClassification, FathomPreTrainedModel):
-    """`FathomModel` with a linear classifier on the last token that is no padding. Has no MTP layers."""
+class FathomClassifier(FathomPreTrainedModel):
+    """What both classifiers have before their head: `FathomModel` without MTP layers."""
 
     # The loss is a mean per micro-batch; Trainer divides it by the accumulation steps only if told so.
     accepts_loss_kwargs = False
@@ -553,21 +553,22 @@ class FathomForSequenceClassification(GenericForSequenceClassification, FathomPr
         self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)
+
+
+class FathomForSequenceClassification(GenericForSequenceClassification, FathomClassifier):
+    """`FathomModel` with a linear classifier on the last token that is no padding. Has no MTP layers."""
+
+    def __init__(self, config: FathomConfig):
+        FathomClassifier.__init__(self, config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
-class FathomForTokenClassification(GenericForTokenClassification, FathomPreTrainedModel):
+class FathomForTokenClassification(GenericForTokenClassification, FathomClassifier):
     """`FathomModel` with dropout and a linear classifier on every token. Has no MTP layers."""
 
-    # The loss is a mean per micro-batch; Trainer divides it by the accumulation steps only if told so.
-    accepts_loss_kwargs = False
-
     def __init__(self, config: FathomConfig):
-        FathomPreTrainedModel.__init__(self, _without_mtp(config))
-        self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
-        self.num_labels = config.num_labels
-        self.model = FathomModel(self.config)
+        FathomClassifier.__init__(self, config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
