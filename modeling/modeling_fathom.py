@@ -10,7 +10,6 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
@@ -47,54 +45,8 @@ from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import FrozenIndexer
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
+from .outputs import FathomCausalLMOutput, FathomModelOutput
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
-
-
-@dataclass
-class FathomModelOutput(ModelOutput):
-    """Output of `FathomModel`.
-
-    Args:
-        last_hidden_state: [B, T, d], after the final norm.
-        past_key_values: the cache, where one is used.
-        hidden_states, attentions, router_logits: one tensor per layer, where asked for.
-        expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
-        balance_loss: sum over layers of the weighted balance losses; in training only.
-        final_states: what MTP layers continue from: `last_hidden_state`, or with n > 1 residual streams the streams
-            [B, T, n, d] before they are collapsed.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    expert_counts: torch.Tensor | None = None
-    balance_loss: torch.Tensor | None = None
-    final_states: torch.Tensor | None = None
-
-
-@dataclass
-class FathomCausalLMOutput(ModelOutput):
-    """Output of `FathomForCausalLM`.
-
-    Args:
-        loss: next-token cross-entropy; in training plus `mtp_loss_weight * mtp_loss + balance_loss`.
-        logits: [B, T, V].
-        mtp_loss: mean over the MTP depths of their cross-entropy, unweighted, where labels are given.
-        balance_loss, expert_counts: as in `FathomModelOutput`, MTP layers included in training.
-        past_key_values, hidden_states, attentions, router_logits: as in `FathomModelOutput`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    mtp_loss: torch.Tensor | None = None
-    balance_loss: torch.Tensor | None = None
-    expert_counts: torch.Tensor | None = None
 
 
 class FathomPreTrainedModel(PreTrainedModel):
