@@ -43,6 +43,7 @@ from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import FrozenIndexer
+from .losses import IGNORED, head_cross_entropy
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
@@ -358,6 +359,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> FathomCausalLMOutput:
         """Predicts the next token at every position.
@@ -365,6 +367,8 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], aligned with `input_ids` (shifted here); -100 is ignored.
             logits_to_keep: compute the last n positions' logits only, or those of an index tensor.
+            skip_logits: with labels, compute the loss in chunks of tokens and return no logits. The loss and its
+                gradients are the same; what the logits of all tokens would take of memory and time is saved.
             num_items_in_batch (in kwargs): number of targets over all micro-batches and ranks of the optimizer
                 step. Given it, all terms of the loss are sums divided by it, so that gradient accumulation and the
                 number of processes do not change the gradient.
@@ -380,12 +384,17 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-
-        loss = mtp_loss = None
+        loss = mtp_loss = logits = None
+        if labels is not None and skip_logits:
+            targets = kwargs.get("shift_labels")
+            targets = look_ahead(labels, 1, fill=IGNORED) if targets is None else targets
+            loss = head_cross_entropy(self.lm_head, hidden_states, targets, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         balance_loss, expert_counts = outputs.balance_loss, outputs.expert_counts
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if logits is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
                 embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
                 mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
@@ -447,18 +456,8 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             states = output.states
             outputs.append(output)
             targets = targets_ahead(labels, position_ids, depth)
-            num_items = kwargs.get("num_items_in_batch")
-            if num_items is None:
-                # Not left to the loss function: its mean is NaN where all documents are too short for a target.
-                num_items = (targets != -100).sum().clamp(min=1)
             losses.append(
-                self.loss_function(
-                    logits=self.lm_head(output.hidden_states),
-                    labels=None,
-                    shift_labels=targets,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items,
-                )
+                head_cross_entropy(self.lm_head, output.hidden_states, targets, kwargs.get("num_items_in_batch"))
             )
         return torch.stack(losses).mean(), *self.model.collect_routing(outputs)
 

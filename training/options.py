@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 
 @dataclass
@@ -19,10 +19,17 @@ class RunOptions:
     steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=8, metadata={"help": "rows per forward pass and process"})
     accumulation: int = field(default=1, metadata={"help": "forward and backward passes per optimizer step"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon: Muon for matrices, AdamW for the rest"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
+    schedule: str = field(
+        default="wsd",
+        metadata={"help": "wsd (constant, then cosine decay), cosine, or multistep (x 0.316 at 80 %%, x 0.1 at 90 %%)"},
+    )
     warmup_steps: int = field(default=20, metadata={"help": "steps of linear warm-up, at most half of all"})
-    decay_share: float = field(default=0.4, metadata={"help": "share of the steps, at the end, over which it decays"})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW weight decay of matrices"})
+    decay_share: float = field(
+        default=0.4, metadata={"help": "share of the steps, at the end, over which wsd decays to a tenth"}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of matrices"})
     precision: str = field(
         default="auto",
         metadata={"help": "fp32, bf16 (autocast), or auto: bf16 where a measured matrix product gains from it"},
@@ -59,8 +66,13 @@ class RunOptions:
             raise UserError(f"--decay_share {self.decay_share} must be between 0 and 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must be between 0 and {2**32 - 1}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"--precision {self.precision} is unknown; use auto, fp32 or bf16")
+        for name, known in (
+            ("precision", ("auto", "fp32", "bf16")),
+            ("optimizer", ("adamw", "muon")),
+            ("schedule", ("wsd", "cosine", "multistep")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"--{name} {value} is unknown{did_you_mean(value, known)}; use {', '.join(known)}")
 
 
 def pairs(words: Sequence[str], option: str) -> dict[str, str]:

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from .checkpoints import latest_checkpoint, staged_directory
 from .errors import UserError, did_you_mean
 from .flops import bf16_pays, measured_throughput, training_flops_per_token
+from .optimizers import MuonFactory
 from .options import RunOptions, pairs
 from .trainer import FathomTrainer
 
@@ -95,7 +96,7 @@ def refuse_another_config(config, checkpoint: Path | None) -> None:
 def training_arguments(
     out: Path, options: RunOptions, device: torch.device, checkpoint: Path | None
 ) -> TrainingArguments:
-    """transformers' TrainingArguments of a run: AdamW, warm-up, constant, then cosine decay to a tenth (WSD).
+    """transformers' TrainingArguments of a run. Every schedule begins with a warm-up and ends at a tenth of the peak.
 
     Args:
         checkpoint: to resume from, in the precision it was trained in so far.
@@ -108,6 +109,19 @@ def training_arguments(
             raise UserError("--tensorboard needs a package that is not installed; run: pip install 'fathom-lm[track]'")
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     warmup = min(options.warmup_steps, options.steps // 2)
+    # The Trainer knows no multistep schedule; `FathomTrainer` puts its own in the place of this constant one.
+    schedules: dict[str, tuple[str, dict[str, Any]]] = {
+        "wsd": (
+            "warmup_stable_decay",
+            {
+                "num_decay_steps": min(max(int(options.steps * options.decay_share), 1), options.steps - warmup),
+                "min_lr_ratio": 0.1,
+            },
+        ),
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        "multistep": ("constant_with_warmup", {}),
+    }
+    lr_scheduler_type, lr_scheduler_kwargs = schedules[options.schedule]
     further = further_arguments(options.trainer)
     arguments: dict[str, Any] = {
         "output_dir": str(out),
@@ -116,11 +130,8 @@ def training_arguments(
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
         "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {
-            "num_decay_steps": min(max(int(options.steps * options.decay_share), 1), options.steps - warmup),
-            "min_lr_ratio": 0.1,
-        },
+        "lr_scheduler_type": lr_scheduler_type,
+        "lr_scheduler_kwargs": lr_scheduler_kwargs,
         "warmup_steps": warmup,
         "weight_decay": options.weight_decay,
         "adam_beta2": 0.95,
@@ -144,6 +155,11 @@ def training_arguments(
         return TrainingArguments(**{**arguments, **further})
     except (ValueError, TypeError) as error:
         raise UserError(f"these training options do not fit together: {' '.join(str(error).split())}") from error
+
+
+def muon(options: RunOptions) -> tuple[type, dict[str, Any]]:
+    """What the Trainer makes Muon by."""
+    return MuonFactory, {"lr": options.learning_rate, "weight_decay": options.weight_decay}
 
 
 class _TrainerOptions(HfArgumentParser):
@@ -375,6 +391,8 @@ def run_training(
         data_collator=collator,
         processing_class=tokenizer,
         token_bytes=token_bytes,
+        multistep=options.schedule == "multistep",
+        optimizer_cls_and_kwargs=muon(options) if options.optimizer == "muon" else None,
         callbacks=[ConsoleCallback(flops, peak, yardsticks), SampleCallback(say), RecordCallback(record)],
     )
     for callback in (PrinterCallback, ProgressCallback):

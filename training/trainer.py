@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -82,12 +84,21 @@ def load_ratio(load: torch.Tensor) -> torch.Tensor:
     return load.max(dim=-1).values / load.mean(dim=-1).clamp(min=1)
 
 
+def multistep_factor(step: int, warmup: int, steps: int) -> float:
+    """Share of the peak learning rate that DeepSeek LLM's multi-step schedule has at a step, counted from 0."""
+    if step < warmup:
+        return step / warmup
+    return 1.0 if step < 0.8 * steps else 0.316 if step < 0.9 * steps else 0.1
+
+
 class FathomTrainer(Trainer):
     """Trains a Fathom model.
 
     Args:
         token_bytes: UTF-8 bytes that each token id stands for (`tokenizer.token_byte_lengths`). With it, evaluation
             reports `eval_bits_per_byte`.
+        multistep: after the warm-up a constant learning rate, 0.316 of it from 80 % of the steps on and 0.1 from 90 %
+            (DeepSeek LLM, arXiv 2401.02954, section 2.3), in place of `lr_scheduler_type`.
         *args, **kwargs: as for transformers' Trainer.
 
     Logged besides the Trainer's own, as means over all that was seen since the last log: `mtp_loss` (nats per target
@@ -97,8 +108,9 @@ class FathomTrainer(Trainer):
     `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`.
     """
 
-    def __init__(self, *args, token_bytes: list[int] | None = None, **kwargs):
+    def __init__(self, *args, token_bytes: list[int] | None = None, multistep: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.multistep = multistep
         self.router_bias = RouterBiasCallback()
         self.interrupt = InterruptCallback()
         self.add_callback(self.router_bias)
@@ -106,6 +118,11 @@ class FathomTrainer(Trainer):
         self.token_bytes = None if token_bytes is None else torch.tensor(token_bytes)
         self._train_sums: dict[str, Any] = defaultdict(float)
         self._eval_sums: dict[str, Any] = defaultdict(float)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model is Fathom's language model: of its models that alone drafts."""
+        return hasattr(self.model, "multi_token_prediction")
 
     @property
     def interrupted(self) -> bool:
@@ -126,6 +143,9 @@ class FathomTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Taken now: with label smoothing, the Trainer takes the labels out of the inputs.
         labels, position_ids = inputs.get("labels"), inputs.get("position_ids")
+        needs_logits = self.label_smoother is not None or self.compute_loss_func is not None
+        if model.training and self.is_language_model and not needs_logits:
+            inputs = {**inputs, "skip_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and (mtp_loss := getattr(outputs, "mtp_loss", None)) is not None:
             targets = self._mtp_targets(labels, position_ids)
@@ -166,6 +186,14 @@ class FathomTrainer(Trainer):
         self.router_bias.load = None
         return metrics
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.multistep and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factor = partial(multistep_factor, warmup=warmup, steps=num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         ids = inputs["input_ids"]
         return int(training_flops_per_token(self.accelerator.unwrap_model(self.model), ids.shape[1]) * ids.numel())
@@ -186,9 +214,8 @@ class FathomTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        # Of Fathom's models the language model alone drafts; a classifier is evaluated as the Trainer does it.
-        is_language_model = hasattr(self.model, "multi_token_prediction")
-        if not prediction_loss_only or "labels" not in inputs or not is_language_model:
+        # A classifier is evaluated as the Trainer does it.
+        if not prediction_loss_only or "labels" not in inputs or not self.is_language_model:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         rows = self._rows_to_count(len(inputs["labels"]))
@@ -196,7 +223,7 @@ class FathomTrainer(Trainer):
         inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
             # Divided by 1, the losses are sums, and sums over batches of any size can be added up.
-            outputs = model(**inputs, num_items_in_batch=1)
+            outputs = model(**inputs, num_items_in_batch=1, skip_logits=True)
         if rows == 0:
             return None, None, None
         labels = inputs["labels"]

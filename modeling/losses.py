@@ -1,0 +1,95 @@
+"""Next-token cross-entropy of a linear head that never holds the logits of all tokens.
+
+    loss = sum_n logsumexp(W h_n) - (W h_n)[y_n],     d loss / d (W h_n) = softmax(W h_n) - onehot(y_n)
+
+With a vocabulary of V a token's logits are V numbers in fp32, and automatic differentiation keeps two or three copies
+of them: for 129,280 words and 4096 tokens more than 4 GB. Here a chunk of tokens at a time runs forward and at once
+backward, while its logits are there; kept are the gradients of h and W, which are needed anyway. No product is computed
+twice. (The idea is that of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, section 3.2.)
+
+Shapes: N tokens, d width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100  # target of a position that predicts nothing, as in PyTorch
+
+# Logits held at a time: 64 MiB in fp32.
+LOGITS_AT_ONCE = 2**24
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of `hidden_states @ weight.T`, in chunks of tokens."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
+        wants_gradients = any(ctx.needs_input_grad)
+        sums = torch.promote_types(dtype, torch.float32)
+        loss = torch.zeros((), dtype=sums, device=hidden_states.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden_states), torch.zeros_like(weight, dtype=sums)
+        cast_weight = weight.to(dtype)
+        rows = max(1, LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(hidden_states), rows):
+            chunk = slice(start, start + rows)
+            hidden, target = hidden_states[chunk].to(dtype), targets[chunk].unsqueeze(1)
+            seen, target = target != IGNORED, target.clamp(min=0)
+            logits = (hidden @ cast_weight.T).to(sums)  # [rows, V]
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            loss += ((normaliser - logits.gather(1, target)) * seen).sum()
+            if wants_gradients:
+                slope = logits.sub_(normaliser).exp_()
+                slope = slope.scatter_add_(1, target, -torch.ones_like(normaliser)).mul_(seen).to(dtype)
+                grad_hidden[chunk] = slope @ cast_weight
+                grad_weight += slope.T @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * grad_output.to(grad_hidden.dtype),
+            grad_weight * grad_output.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+def head_cross_entropy(
+    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of `head(hidden_states)` with targets, without the logits of all tokens.
+
+    Args:
+        head: linear, without bias. One that is wrapped or hooked (LoRA, tensor parallelism) is called as a whole.
+        hidden_states: [..., d].
+        targets: [...], what each position is to predict; -100 is ignored.
+        num_items: what the sum is divided by. None: the number of targets, so that the result is their mean.
+
+    Returns:
+        Scalar in fp32 (float64 for such inputs); 0 where there are no targets.
+    """
+    hidden_states, targets = hidden_states.flatten(0, -2), targets.flatten()
+    if num_items is None:
+        num_items = (targets != IGNORED).sum().clamp(min=1)
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(hidden_states.device)
+    if hidden_states.device.type == "cpu":
+        # Elsewhere the number of targets would have to be waited for.
+        seen = targets != IGNORED
+        hidden_states, targets = hidden_states[seen], targets[seen]
+    if not _is_plain(head):
+        logits = head(hidden_states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_items
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return _LinearCrossEntropy.apply(hidden_states, head.weight, targets, dtype) / num_items
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head is nothing but a product with its weight."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter and not hooked
