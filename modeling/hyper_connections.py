@@ -71,13 +71,19 @@ class HyperConnection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Starts as the plain residual connection of the mean stream: pre = 1/n, post = 1, M close to the identity.
+        """Starts as the plain residual connection, whose network a model of equal streams then is.
+
+        All streams are the embedding at first, and stay equal as long as `post` is the same for all: hence 1, by
+        zeros in its rows of `fn`. The columns of M sum to 1, so equal streams stay as they are; M begins close to the
+        identity. What `pre` sums them to differs from 1 by some 1 %, which the norm after it takes away.
 
         The papers only say that the scales start small; 0.01 is that of arXiv 2512.24880, table 5. transformers
         starts with scale 1 and base 0, where M mixes all streams evenly and they can hardly become different.
         """
         n = self.hc_mult
-        init.normal_(self.fn, mean=0.0, std=std)
+        fn = torch.empty_like(self.fn).normal_(mean=0.0, std=std)
+        fn[n : 2 * n] = 0.0
+        init.copy_(self.fn, fn)
         init.constant_(self.scale, 0.01)
         mean = torch.full((n,), -math.log(n - 1))  # sigmoid of it is 1/n
         identity = 4.0 * torch.eye(n).flatten()  # a row's softmax is 0.95 on the diagonal for n = 4

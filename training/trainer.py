@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
 from .checkpoints import TRAINER_STATE, whole_or_nothing
+from .diagnostics import StreamProbe
 from .flops import training_flops_per_token
 from .packing import IGNORED
 
@@ -105,7 +106,8 @@ class FathomTrainer(Trainer):
     of the MTP layers), `balance_loss` (per sequence), `expert_load` (busiest expert over mean, averaged over layers).
     The Trainer's `loss` is the whole training loss, with both of these in it. Evaluation of a language model: `loss`
     is the next-token cross-entropy in nats per target, exact over the whole set; `targets`, `perplexity`,
-    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`.
+    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`; with hyper-connections also what
+    `diagnostics.StreamProbe` sees in the first batch.
     """
 
     def __init__(self, *args, token_bytes: list[int] | None = None, multistep: bool = False, **kwargs):
@@ -118,6 +120,7 @@ class FathomTrainer(Trainer):
         self.token_bytes = None if token_bytes is None else torch.tensor(token_bytes)
         self._train_sums: dict[str, Any] = defaultdict(float)
         self._eval_sums: dict[str, Any] = defaultdict(float)
+        self._stream_metrics: dict[str, float] = {}
 
     @property
     def is_language_model(self) -> bool:
@@ -207,6 +210,7 @@ class FathomTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._eval_sums.clear()
+        self._stream_metrics.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._eval_metrics().items()}
         return EvalLoopOutput(
@@ -221,9 +225,13 @@ class FathomTrainer(Trainer):
         rows = self._rows_to_count(len(inputs["labels"]))
         # A rank that has none left runs one all the same: a sharded model needs all ranks.
         inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
-        with torch.no_grad(), self.compute_loss_context_manager():
+        probe = StreamProbe(self.model)
+        # The first batch speaks for all.
+        watching = nullcontext() if self._eval_sums else probe
+        with torch.no_grad(), self.compute_loss_context_manager(), watching:
             # Divided by 1, the losses are sums, and sums over batches of any size can be added up.
             outputs = model(**inputs, num_items_in_batch=1, skip_logits=True)
+        self._stream_metrics |= probe.metrics()
         if rows == 0:
             return None, None, None
         labels = inputs["labels"]
@@ -268,7 +276,7 @@ class FathomTrainer(Trainer):
             ratio = load_ratio(sums["load"])
             metrics["expert_load"] = ratio.mean().item()
             metrics["expert_load_worst_layer"] = ratio.max().item()
-        return metrics
+        return metrics | self._stream_metrics
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

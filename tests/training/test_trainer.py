@@ -401,3 +401,11 @@ def test_muon_trains_through_both_trainers(tmp_path):
         assert losses[-1] < 0.7 * losses[0]
         results.append(losses)
     assert results[0] == pytest.approx(results[1], rel=1e-2)
+
+
+def test_evaluation_reports_the_residual_streams(tmp_path):
+    trained = model(hc_mult=2)
+    of_run = trainer(tmp_path, trained, heldout=rows(5), per_device_eval_batch_size=2)
+    names = ("amax_gain_forward", "amax_gain_backward", "off_diagonal_mass", "stream_similarity")
+    assert all(f"eval_{name}" in of_run.evaluate() for name in names)
+    assert not any("amax" in name for name in trainer(tmp_path, model(), heldout=rows(5)).evaluate())

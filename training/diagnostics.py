@@ -1,0 +1,75 @@
+"""What goes on inside a model while it is evaluated, as numbers for the log.
+
+Hyper-connections (mHC, arXiv 2512.24880, section 5). Every sub-layer l mixes the n residual streams by a matrix,
+`X' = M_l^T X`; what becomes of a stream over the depth is the product of all of them, P = M_L^T ... M_1^T.
+
+    amax_gain_forward    largest sum of a row of |P|: how much streams can be amplified on their way up
+    amax_gain_backward   largest sum of a column of |P|: the same for gradients on their way down; 1 is ideal for both
+    off_diagonal_mass    what a stream takes from the others in one sub-layer, 0 for the plain residual
+    stream_similarity    mean cosine of two streams after the last layer; 1 means that n streams do the work of one
+"""
+
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modeling.hyper_connections import HyperConnection, StreamCollapse, StreamMixing
+
+
+class StreamProbe:
+    """Watches the hyper-connections of a language model during the forward passes of a `with` block.
+
+        with StreamProbe(model) as probe:
+            model(input_ids)
+        probe.metrics()
+
+    MTP layers are not watched. The figures are those of the last forward pass.
+    """
+
+    def __init__(self, model: nn.Module):
+        base = model.base_model
+        self.watched = [
+            *(part for layer in base.layers[: base.config.num_hidden_layers] for part in (layer.attn_hc, layer.ffn_hc)),
+            base.hc_head,
+        ]
+        self.matrices: list[torch.Tensor] = []  # [B, T, n, n] per sub-layer
+        self.streams: torch.Tensor | None = None  # [B, T, n, d] after the last layer
+
+    def __enter__(self) -> "StreamProbe":
+        self.hooks = [module.register_forward_hook(self._note) for module in self.watched]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _note(self, module: nn.Module, inputs: tuple, output) -> None:
+        if module is self.watched[0]:
+            self.matrices.clear()
+        if isinstance(module, HyperConnection):
+            mixing: StreamMixing = output[1]
+            self.matrices.append(mixing.residual.detach())
+        elif isinstance(module, StreamCollapse):
+            self.streams = inputs[0].detach()
+
+    def metrics(self) -> dict[str, float]:
+        """The figures above, means over tokens; the gains' largest over tokens. Empty without hyper-connections."""
+        if self.streams is None:
+            return {}
+        mixed = torch.stack(self.matrices).transpose(-1, -2)  # [L, B, T, n, n], so that X' = M X
+        product = mixed[0]
+        for matrix in mixed[1:]:
+            product = matrix @ product
+        streams = F.normalize(self.streams.float(), dim=-1)
+        cosines = streams @ streams.transpose(-1, -2)  # [B, T, n, n]
+        n = cosines.shape[-1]
+        diagonal = mixed.diagonal(dim1=-2, dim2=-1)
+        pairs = cosines.sum(dim=(-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        return {
+            "amax_gain_forward": product.abs().sum(dim=-1).max().item(),
+            "amax_gain_backward": product.abs().sum(dim=-2).max().item(),
+            "off_diagonal_mass": (mixed.abs().sum(dim=-1) - diagonal.abs()).mean().item(),
+            "stream_similarity": (pairs / (n * (n - 1))).mean().item(),
+        }
