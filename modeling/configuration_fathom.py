@@ -80,6 +80,7 @@ class FathomConfig(PreTrainedConfig):
         norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights. As in DeepSeek's
             code, the greedy methods scale only weights that they have not normalised.
         router_bias_update_speed: step of the routing bias of `noaux_tc` per optimizer step.
+        router_bias_recenter: keep the mean of the biases as it is.
         seq_aux_loss_coef: weight of the sequence-wise balance loss (V3 eq. 17).
         aux_loss_alpha, seq_aux: weight of the expert-level balance loss (DeepSeekMoE eq. 12), and whether it is taken
             per sequence or over all tokens of the batch.
@@ -163,6 +164,7 @@ class FathomConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     routed_scaling_factor: float | int = 2.5
     router_bias_update_speed: float | int = 0.001
+    router_bias_recenter: bool = False
     seq_aux_loss_coef: float | int = 0.0001
     aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True

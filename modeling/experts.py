@@ -118,10 +118,15 @@ class TopKRouter(ExpertRouter):
         return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
 
     @torch.no_grad()
-    def update_bias(self, load: torch.Tensor, speed: float) -> None:
-        """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E]."""
+    def update_bias(self, load: torch.Tensor, speed: float, recenter: bool = False) -> None:
+        """Moves the bias of overloaded experts down and of underloaded ones up by `speed`. `load` is [E].
+
+        With `recenter` the mean of the moves is taken off them, so that the biases keep their mean; the choice of
+        experts is the same.
+        """
         if self.e_score_correction_bias is not None:
-            self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+            move = speed * torch.sign(load.mean() - load)
+            self.e_score_correction_bias += move - move.mean() if recenter else move
 
 
 class HashRouter(ExpertRouter):

@@ -165,7 +165,7 @@ class FathomPreTrainedModel(PreTrainedModel):
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
             if isinstance(router, TopKRouter):
-                router.update_bias(router_load, self.config.router_bias_update_speed)
+                router.update_bias(router_load, self.config.router_bias_update_speed, self.config.router_bias_recenter)
             router.expert_load = None
         return load
 

@@ -1,4 +1,10 @@
-"""What goes on inside a model while it is evaluated, as numbers for the log.
+"""What goes on inside a model in training and evaluation, as numbers for the log.
+
+Balance (auxiliary-loss-free balancing, arXiv 2408.15664, section 4). With the tokens per expert of a layer
+
+    max_vio          busiest expert over mean, minus 1; 0 is perfect balance
+    min_load         idlest expert over mean
+    dead_experts     number of experts without any token
 
 Hyper-connections (mHC, arXiv 2512.24880, section 5). Every sub-layer l mixes the n residual streams by a matrix,
 `X' = M_l^T X`; what becomes of a stream over the depth is the product of all of them, P = M_L^T ... M_1^T.
@@ -15,7 +21,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..modeling.experts import ExpertRouter
 from ..modeling.hyper_connections import HyperConnection, StreamCollapse, StreamMixing
+
+
+def load_ratio(load: torch.Tensor) -> torch.Tensor:
+    """Tokens of the busiest expert over the mean: [M, E] -> [M]. 1 is perfect balance; MaxVio is this - 1."""
+    return load.max(dim=-1).values / load.mean(dim=-1).clamp(min=1)
+
+
+def balance_by_layer(load: torch.Tensor, layers: list[int]) -> dict[str, float]:
+    """MaxVio, least load and dead experts of every layer.
+
+    Args:
+        load: tokens per expert [M, E].
+        layers: index of each of the M in `model.layers`.
+    """
+    max_vio, least = load_ratio(load) - 1, load.min(dim=-1).values / load.mean(dim=-1).clamp(min=1)
+    dead = (load == 0).sum(dim=-1)
+    figures = {}
+    for row, layer in enumerate(layers):
+        figures[f"max_vio_layer_{layer}"] = max_vio[row].item()
+        figures[f"min_load_layer_{layer}"] = least[row].item()
+        figures[f"dead_experts_layer_{layer}"] = dead[row].item()
+    return figures
+
+
+def router_layers(model: nn.Module) -> list[int]:
+    """Index in `model.layers` of every router, in the order of the rows of an expert load."""
+    names = [name for name, module in model.named_modules() if isinstance(module, ExpertRouter)]
+    return [int(name.split("layers.")[1].split(".")[0]) for name in names]
 
 
 class StreamProbe:

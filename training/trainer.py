@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
 from .checkpoints import TRAINER_STATE, whole_or_nothing
-from .diagnostics import StreamProbe
+from .diagnostics import StreamProbe, balance_by_layer, load_ratio, router_layers
 from .flops import training_flops_per_token
 from .packing import IGNORED
 
@@ -37,12 +37,20 @@ class RouterBiasCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.load: torch.Tensor | None = None  # [routers, E], summed since it was last taken for the log
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins the sums for the log anew."""
+        self.load: torch.Tensor | None = None  # [routers, E]
+        self.max_vio: torch.Tensor | float = 0.0  # mean over routers, summed over optimizer steps
+        self.steps = 0
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         load = model.update_router_bias() if hasattr(model, "update_router_bias") else None
         if load is not None:
             self.load = load if self.load is None else self.load + load
+            self.max_vio = self.max_vio + load_ratio(load).mean() - 1
+            self.steps += 1
 
 
 class InterruptCallback(TrainerCallback):
@@ -80,11 +88,6 @@ class InterruptCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def load_ratio(load: torch.Tensor) -> torch.Tensor:
-    """Tokens of the busiest expert over the mean: [M, E] -> [M]. 1 is perfect balance; MaxVio is this - 1."""
-    return load.max(dim=-1).values / load.mean(dim=-1).clamp(min=1)
-
-
 def multistep_factor(step: int, warmup: int, steps: int) -> float:
     """Share of the peak learning rate that DeepSeek LLM's multi-step schedule has at a step, counted from 0."""
     if step < warmup:
@@ -103,11 +106,13 @@ class FathomTrainer(Trainer):
         *args, **kwargs: as for transformers' Trainer.
 
     Logged besides the Trainer's own, as means over all that was seen since the last log: `mtp_loss` (nats per target
-    of the MTP layers), `balance_loss` (per sequence), `expert_load` (busiest expert over mean, averaged over layers).
+    of the MTP layers), `balance_loss` (per sequence), `expert_load` (busiest expert over mean, averaged over layers),
+    `max_vio_batch` (the same minus 1, of every optimizer step by itself), and the balance of each layer
+    (`diagnostics.balance_by_layer`).
     The Trainer's `loss` is the whole training loss, with both of these in it. Evaluation of a language model: `loss`
     is the next-token cross-entropy in nats per target, exact over the whole set; `targets`, `perplexity`,
-    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`; with hyper-connections also what
-    `diagnostics.StreamProbe` sees in the first batch.
+    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`, the balance of each layer; with
+    hyper-connections also what `diagnostics.StreamProbe` sees in the first batch.
     """
 
     def __init__(self, *args, token_bytes: list[int] | None = None, multistep: bool = False, **kwargs):
@@ -184,13 +189,16 @@ class FathomTrainer(Trainer):
         for name, total, count in (("mtp_loss", "mtp_nats", "mtp_targets"), ("balance_loss", "balance", "rows")):
             if count in sums:
                 metrics[name] = (sums[total] / sums[count].clamp(min=1)).item()
-        if self.router_bias.load is not None and self.router_bias.load.any():
-            metrics["expert_load"] = load_ratio(self.router_bias.load).mean().item()
-        self.router_bias.load = None
+        load = self.router_bias.load
+        if load is not None and load.any():
+            metrics["expert_load"] = load_ratio(load).mean().item()
+            metrics["max_vio_batch"] = float(self.router_bias.max_vio / self.router_bias.steps)
+            metrics |= balance_by_layer(load, router_layers(self.model))
+        self.router_bias.reset()
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.multistep and self.lr_scheduler is None:
+        if self.multistep and getattr(self, "lr_scheduler", None) is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             factor = partial(multistep_factor, warmup=warmup, steps=num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
@@ -276,6 +284,7 @@ class FathomTrainer(Trainer):
             ratio = load_ratio(sums["load"])
             metrics["expert_load"] = ratio.mean().item()
             metrics["expert_load_worst_layer"] = ratio.max().item()
+            metrics |= balance_by_layer(sums["load"], router_layers(self.model)[: len(ratio)])
         return metrics | self._stream_metrics
 
     def _save_checkpoint(self, model, trial):
@@ -284,4 +293,4 @@ class FathomTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
 
-__all__ = ["FathomTrainer", "InterruptCallback", "RouterBiasCallback", "TrainingArguments", "load_ratio"]
+__all__ = ["FathomTrainer", "InterruptCallback", "RouterBiasCallback", "TrainingArguments"]

@@ -222,6 +222,19 @@ def test_evaluation_does_not_count():
     assert torch.equal(biases(trained), before)
 
 
+def test_recentred_biases_keep_their_mean_and_the_choice():
+    moved = {}
+    for recenter in (False, True):
+        trained = model(router_bias_update_speed=0.25, router_bias_recenter=recenter)
+        before = biases(trained)
+        trained(tokens(), labels=tokens())
+        trained.update_router_bias()
+        moved[recenter] = biases(trained) - before
+    torch.testing.assert_close(moved[True].mean(dim=1), torch.zeros(3))
+    shift = moved[False] - moved[True]
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+
+
 def test_bias_moves_without_labels():
     """A loss outside of the model (label smoothing, preference training) runs no MTP layer; the others still move."""
     trained = model()

@@ -1,10 +1,10 @@
-"""Figures about the residual streams against computations by hand."""
+"""Figures about balance and residual streams against computations by hand."""
 
 import pytest
 import torch
 from tiny_runs import model
 
-from fathom.training.diagnostics import StreamProbe
+from fathom.training.diagnostics import StreamProbe, balance_by_layer, router_layers
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -63,3 +63,20 @@ def test_no_figures_without_streams():
     with StreamProbe(trained) as probe:
         trained(IDS)
     assert probe.metrics() == {}
+
+
+def test_balance_of_each_layer():
+    load = torch.tensor([[4.0, 4.0, 4.0, 4.0], [8.0, 6.0, 2.0, 0.0]])
+    assert balance_by_layer(load, [1, 3]) == {
+        "max_vio_layer_1": 0,
+        "min_load_layer_1": 1,
+        "dead_experts_layer_1": 0,
+        "max_vio_layer_3": 1,
+        "min_load_layer_3": 0,
+        "dead_experts_layer_3": 1,
+    }
+
+
+def test_routers_are_found_in_their_layers():
+    trained = model(num_hidden_layers=3, first_k_dense_replace=1)
+    assert router_layers(trained) == [1, 2, 3]  # the last one is the MTP layer's

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fathom import FathomConfig, FathomForCausalLM, FathomForSequenceClassification, FathomTrainer, RouterBiasCallback
 from fathom.modeling.experts import TopKRouter
+from fathom.training.diagnostics import load_ratio
 from fathom.training.optimizers import MuonFactory
 from fathom.training.packing import IGNORED, collate_rows
-from fathom.training.trainer import load_ratio
 
 VOCABULARY, LENGTH = 97, 24
 
