@@ -32,12 +32,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .attention import FathomAttention
 from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
 from .indexing import FrozenIndexer, best_of, head_weights, index_scores
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, apply_rotary
+
+logger = logging.get_logger(__name__)
 
 # Queries that SDPA is given at a time: of long texts only the keys around them are read, and masked.
 QUERIES_AT_ONCE = 256
@@ -284,6 +287,10 @@ class SlidingWindowAttention(FathomAttention):
             chosen = self.visible_entries(hidden_states, q_latent, places, all_entries, rotation)
 
         output, weights = self.attend_in_parts(query, places, keys, key_places, entries, chosen)
+        if weights is None and kwargs.get("output_attentions"):
+            logger.warning_once(
+                "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
+            )
         cos, sin = rotation
         output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
         output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)

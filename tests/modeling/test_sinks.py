@@ -196,10 +196,15 @@ def test_a_long_text_needs_no_square(monkeypatch):
 
 
 @torch.no_grad()
-def test_weights_need_eager():
-    """As in transformers: SDPA has none, and a config that asks for both is refused."""
-    ours, ids = model(), tokens(2, 30)
+def test_weights_need_eager(monkeypatch):
+    """As in transformers: SDPA has none and says so, and a config that asks for both is refused."""
+    ours, ids, warnings = model(), tokens(2, 30), []
+    monkeypatch.setattr(compressed_attention.logger, "warning_once", warnings.append)
+    assert not ours(ids).attentions
+    assert not warnings
     assert not ours(ids, output_attentions=True).attentions
+    assert all("eager" in warning for warning in warnings)
+    assert warnings
     with pytest.raises(ValueError, match="eager"):
         ours.config.output_attentions = True
     ours.set_attn_implementation("eager")
