@@ -2,7 +2,7 @@
 
 An indexer is a very small attention whose scores only choose (DeepSeek-V3.2, arXiv 2512.02556, section 2.1):
 
-    I_ts = sum_j w_tj relu(q_tj k_s)
+    I_ts = sum_j w_tj relu(q_tj k_s),     w_t = W h_t / sqrt(J D)
 
 Where no head has a positive product the score is exactly 0, so ties at the border of a choice are common. Of equal
 scores the last keys win, however many there are and whatever is hidden among them: a text read at once and token by
@@ -15,6 +15,7 @@ Shapes: B batch, T queries, S keys, J indexer heads, D their width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Products of queries and keys held at a time, over all indexer heads: 64 MiB.
@@ -25,12 +26,19 @@ class FrozenIndexer(nn.Module):
     """Base of the indexers, by which loading knows whose parameters to freeze again."""
 
 
+def head_weights(projection: nn.Linear, hidden_states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Weights of the J indexer heads, in fp32 also under autocast: hidden states [B, T, d] -> [B, T, J]."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        weights = F.linear(hidden_states.float(), projection.weight.float())
+    return weights * (projection.out_features * head_dim) ** -0.5
+
+
 def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Scores of all keys for all queries, in fp32: rounding would choose other keys.
 
     Args:
         query: [B, J, T, D]. keys: [B, S, D].
-        weights: [B, T, J], with the scale of the product in them.
+        weights: [B, T, J], see `head_weights`.
 
     Returns:
         [B, T, S]. Keys that a query may not see are scored as well.

@@ -74,7 +74,7 @@ class FathomPreTrainedModel(PreTrainedModel):
             # A choice of keys per query is a mask, which these backends cannot be given as a tensor.
             self._supports_flash_attn = self._supports_flex_attn = False
         if config.compresses:
-            # No fused kernel takes sinks and entries: attention is computed as it is written, under "sdpa" too.
+            # Only eager and SDPA attention know about sinks, places and entries (`compressed_attention`).
             self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.

@@ -22,12 +22,11 @@ R latent width, P rotary width, d width, Q query latent width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MultiHeadLatentAttention
-from .indexing import FrozenIndexer, best_of, index_scores
+from .indexing import FrozenIndexer, best_of, head_weights, index_scores
 from .rotary import apply_rotary
 
 
@@ -67,10 +66,7 @@ class LightningIndexer(FrozenIndexer):
         """
         query = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         query = self.rotate(query, position_embeddings)  # [B, J, T, D]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            weights = F.linear(hidden_states.float(), self.weights_proj.weight.float())  # [B, T, J]
-            weights = weights * (self.n_heads * self.head_dim) ** -0.5
-        return index_scores(query, keys.squeeze(1), weights)
+        return index_scores(query, keys.squeeze(1), head_weights(self.weights_proj, hidden_states, self.head_dim))
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
