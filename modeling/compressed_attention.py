@@ -34,9 +34,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .attention import FathomAttention
+from .attention import FathomAttention, MixerOutput
 from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
-from .indexing import FrozenIndexer, best_of, head_weights, index_scores
+from .indexing import (
+    TrainableIndexer,
+    best_of,
+    head_summed_attention,
+    head_weights,
+    index_scores,
+    indexer_report,
+)
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, apply_rotary
 
@@ -172,7 +179,7 @@ class IndexerScorer(nn.Module):
         return index_scores(query, entries, head_weights(self.weights_proj, hidden_states, query.shape[-1]))
 
 
-class Indexer(Compressor, FrozenIndexer):
+class Indexer(Compressor, TrainableIndexer):
     """Chooses the entries that a query of a `csa` layer sees, by small entries of its own."""
 
     def __init__(self, config):
@@ -181,34 +188,31 @@ class Indexer(Compressor, FrozenIndexer):
         self.index_topk = config.index_topk
         self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False)
         self.scorer = IndexerScorer(config)
-        self.requires_grad_(False)
 
-    # The choice has no gradient, so neither have the scores that it is made by.
-    @torch.no_grad()
-    def select(
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As every compressor's, but without a gradient to what it reads."""
+        return super().project(hidden_states.detach())
+
+    def scores(
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
         entries: torch.Tensor,
-        visible: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """The `index_topk` best of the visible entries.
+        """Scores of all entries for all queries.
 
         Args:
             hidden_states: [B, T, d].
             q_latent: [B, T, q_lora_rank], the attention's compressed queries.
             entries: [B, N, index_head_dim].
-            visible: [B, T, N].
             rotation: cosines and sines of the queries' positions.
 
         Returns:
-            Bool [B, T, N].
+            [B, T, N] in fp32.
         """
-        query = self.q_b_proj(q_latent).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
-        query = rotate_end(query, *rotation)
-        scores = self.scorer(query, entries, hidden_states)
-        return best_of(scores.masked_fill(~visible, float("-inf")), self.index_topk) & visible
+        query = self.q_b_proj(q_latent.detach()).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
+        return self.scorer(rotate_end(query, *rotation), entries, hidden_states.detach())
 
 
 class CompressedSparseCompressor(Compressor):
@@ -237,6 +241,7 @@ class SlidingWindowAttention(FathomAttention):
         self.o_a_proj = GroupedLinear(query_width // config.o_groups, config.o_lora_rank, config.o_groups)
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(self.num_heads))
+        self.index_dense = config.index_dense
         self.compressor = self.make_compressor(config)
         self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
 
@@ -252,18 +257,19 @@ class SlidingWindowAttention(FathomAttention):
         hidden_states: torch.Tensor,
         places: torch.Tensor,
         past_key_values: Cache | None = None,
+        report_indexer: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> MixerOutput:
         """Mixes tokens.
 
         Args:
             hidden_states: [B, T, d].
             places: [B, T], where the tokens stand (`cache.token_places`); this takes the part of an attention mask.
             past_key_values: cache whose layer is a `CompressedCacheLayer`.
+            report_indexer: whether the output is to have the indexer's report, where there is an indexer.
 
         Returns:
-            Output [B, T, d]; attention weights [B, H, T, S + N], the window's tokens first, then the entries; None
-            with SDPA.
+            Attention weights are [B, H, T, S + N], the window's tokens first, then the entries; None with SDPA.
         """
         rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
@@ -281,10 +287,16 @@ class SlidingWindowAttention(FathomAttention):
         keys = streams["window"]  # [B, S, D]
         key_places = streams["places"][:, -keys.shape[1] :]
         entries, chosen = keys[:, :0], places.new_zeros((*places.shape, 0), dtype=torch.bool)
+        report = None
         if self.compressor is not None:
             all_entries = self.entries(streams, after, layer)
             entries = all_entries["compressor"]
-            chosen = self.visible_entries(hidden_states, q_latent, places, all_entries, rotation)
+            visible = self.visible_entries(places, all_entries["places"])
+            chosen, scores = self.choose(hidden_states, q_latent, all_entries, visible, rotation)
+            if report_indexer and scores is not None:
+                report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
+            if self.index_dense:
+                chosen = visible
 
         output, weights = self.attend_in_parts(query, places, keys, key_places, entries, chosen)
         if weights is None and kwargs.get("output_attentions"):
@@ -294,7 +306,7 @@ class SlidingWindowAttention(FathomAttention):
         cos, sin = rotation
         output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
         output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
-        return self.o_b_proj(output), weights
+        return MixerOutput(self.o_b_proj(output), weights, report)
 
     def attend_in_parts(
         self,
@@ -355,17 +367,21 @@ class SlidingWindowAttention(FathomAttention):
             new["places"] = places
         return new if layer is None else layer.append_entries(**new)
 
-    def visible_entries(
+    def visible_entries(self, places: torch.Tensor, entry_places: torch.Tensor) -> torch.Tensor:
+        """Entries of the query's own document that are complete: bool [B, T, N]."""
+        query, entry = places.unsqueeze(2), entry_places.unsqueeze(1)
+        return (entry <= query) & (entry >= query - query % DOCUMENT)
+
+    def choose(
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
-        places: torch.Tensor,
         entries: dict[str, torch.Tensor],
+        visible: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Entries of the query's own document that are complete: bool [B, T, N]."""
-        query, entry = places.unsqueeze(2), entries["places"].unsqueeze(1)
-        return (entry <= query) & (entry >= query - query % DOCUMENT)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which of the visible entries [B, T, N] a query reads: here all. And the scores that say so, if any do."""
+        return visible, None
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
@@ -386,10 +402,34 @@ class CompressedSparseAttention(SlidingWindowAttention):
     def compressors(self) -> dict[str, Compressor]:
         return {"compressor": self.compressor, "indexer": self.compressor.indexer}
 
-    def visible_entries(self, hidden_states, q_latent, places, entries, rotation) -> torch.Tensor:
-        """The best of them by the indexer: bool [B, T, N]."""
-        visible = super().visible_entries(hidden_states, q_latent, places, entries, rotation)
-        return self.compressor.indexer.select(hidden_states, q_latent, entries["indexer"], visible, rotation)
+    def choose(self, hidden_states, q_latent, entries, visible, rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of them by the indexer."""
+        indexer = self.compressor.indexer
+        scores = indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
+        best = best_of(scores.detach().masked_fill(~visible, float("-inf")), indexer.index_topk)
+        return best & visible, scores
+
+    def report(
+        self,
+        query: torch.Tensor,
+        places: torch.Tensor,
+        keys: torch.Tensor,
+        key_places: torch.Tensor,
+        entries: torch.Tensor,
+        visible: torch.Tensor,
+        chosen: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """The indexer against the attention to entries, among window and sinks. Arguments as in `attend_in_parts`."""
+        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
+        near = (distance >= 0) & (distance < self.window)  # [B, T, S]
+        both = torch.cat((keys, entries), dim=1).detach()
+
+        def attention(attended: torch.Tensor) -> torch.Tensor:
+            seen = torch.cat((near, attended), dim=2)
+            return head_summed_attention(query.detach(), both, seen, self.scaling, self.sinks)[..., near.shape[2] :]
+
+        return indexer_report(scores, visible, chosen, attention, self.index_dense, not self.training)
 
 
 def reach(places: torch.Tensor, key_places: torch.Tensor, window: int) -> slice:

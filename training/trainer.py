@@ -130,7 +130,7 @@ class FathomTrainer(Trainer):
     @property
     def is_language_model(self) -> bool:
         """Whether the model is Fathom's language model: of its models that alone drafts."""
-        return hasattr(self.model, "multi_token_prediction")
+        return hasattr(self.model, "draft")
 
     @property
     def interrupted(self) -> bool:
