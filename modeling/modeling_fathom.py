@@ -172,7 +172,8 @@ class FathomPreTrainedModel(PreTrainedModel):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            if isinstance(router, TopKRouter):
+            # A layer that is frozen keeps its routing.
+            if isinstance(router, TopKRouter) and router.weight.requires_grad:
                 router.update_bias(router_load, self.config.router_bias_update_speed, self.config.router_bias_recenter)
             router.expert_load = None
         return load

@@ -55,12 +55,13 @@ def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     indexers = [module for module in model.modules() if isinstance(module, TrainableIndexer)]
     candidates = sequence_length / 2 / (config.compress_rate_csa if config.uses("csa") else 1)
     scores = len(indexers) * 2 * config.index_n_heads * config.index_head_dim * candidates
-    if config.indexer_loss_coef:
-        return 3 * (2 * matrices + attention + scores)
-    frozen = sum(
+    of_indexers = sum(
         linear.weight.numel() for each in indexers for linear in each.modules() if isinstance(linear, nn.Linear)
     )
-    return 3 * (2 * (matrices - frozen) + attention) + 2 * frozen + scores
+    trunk = 2 * (matrices - of_indexers) + attention
+    # What is frozen runs forward only.
+    trains = 3 if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()) else 1
+    return trains * trunk + (3 if config.indexer_loss_coef else 1) * (2 * of_indexers + scores)
 
 
 def keys_read(config, kind: str, length: float) -> float:

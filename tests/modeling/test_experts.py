@@ -235,6 +235,16 @@ def test_recentred_biases_keep_their_mean_and_the_choice():
     torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
 
 
+def test_a_frozen_router_keeps_its_bias():
+    trained = model()
+    frozen, *others = (module for module in trained.modules() if isinstance(module, TopKRouter))
+    frozen.weight.requires_grad_(False)
+    before = biases(trained)
+    trained(tokens(), labels=tokens())
+    trained.update_router_bias()
+    assert (biases(trained) != before).any(dim=1).tolist() == [False] + [True] * len(others)
+
+
 def test_bias_moves_without_labels():
     """A loss outside of the model (label smoothing, preference training) runs no MTP layer; the others still move."""
     trained = model()
