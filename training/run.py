@@ -274,8 +274,8 @@ class ConsoleCallback(TrainerCallback):
         if "indexer_recall" in by_name:
             line += (
                 f"\n  indexers capture {by_name['indexer_mass']:.1%} of attention and "
-                f"{by_name['indexer_recall']:.1%} of its best keys (most recent keys {by_name['indexer_recent_mass']:.1%} and "
-                f"{by_name['indexer_recent_recall']:.1%}, random {by_name['indexer_random']:.1%}); "
+                f"{by_name['indexer_recall']:.1%} of its best keys (most recent keys "
+                f"{by_name['indexer_recent_mass']:.1%} and {by_name['indexer_recent_recall']:.1%}, random {by_name['indexer_random']:.1%}); "
                 f"KL {by_name['indexer_loss']:.3f}"
             )
         return line
