@@ -22,6 +22,9 @@ The indexer has small entries of its own, scores them and chooses among them as 
 
 Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places (`cache`).
 
+`eager` attention is the definition. `sdpa` runs PyTorch's fused kernels (`sdpa_with_sinks`), a part of a long text at a
+time. Flash and flex attention take neither sinks nor places, and transformers refuses them.
+
 Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H heads, D head width, P rotary width.
 """
 
@@ -161,7 +164,7 @@ def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) ->
 
 
 class IndexerScorer(nn.Module):
-    """Holds the weights of the indexer's heads, as transformers' layout has it."""
+    """The scores of `indexing`; the weights of the heads stand here in transformers' layout."""
 
     def __init__(self, config):
         super().__init__()
@@ -286,7 +289,8 @@ class SlidingWindowAttention(FathomAttention):
             entries = all_entries["compressor"]
             chosen = self.visible_entries(hidden_states, q_latent, places, all_entries, rotation)
 
-        output, weights = self.attend_in_parts(query, places, keys, key_places, entries, chosen)
+        attend = self.attend_in_parts if self.parts_pay(query) else self.attend_with_sinks
+        output, weights = attend(query, places, keys, key_places, entries, chosen)
         if weights is None and kwargs.get("output_attentions"):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
@@ -296,7 +300,7 @@ class SlidingWindowAttention(FathomAttention):
         output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
         return self.o_b_proj(output), weights
 
-    def attend_in_parts(
+    def attend_with_sinks(
         self,
         query: torch.Tensor,
         places: torch.Tensor,
@@ -305,9 +309,7 @@ class SlidingWindowAttention(FathomAttention):
         entries: torch.Tensor,
         chosen: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention to the window and to entries. SDPA gets a part of many queries at a time, and the keys it needs.
-
-        So neither products nor masks grow with T^2. `eager` is the definition, and has the weights of all at once.
+        """Attention to the keys of the window, to the chosen entries and to the sinks.
 
         Args:
             query: [B, H, T, D] at `places` [B, T].
@@ -318,21 +320,36 @@ class SlidingWindowAttention(FathomAttention):
         Returns:
             Output [B, H, T, D]; weights [B, H, T, S + N], None with SDPA.
         """
-        fused = self.config._attn_implementation == "sdpa"
-        attend = sdpa_with_sinks if fused else eager_with_sinks
+        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
+        visible = torch.cat(((distance >= 0) & (distance < self.window), chosen), dim=2)  # [B, T, S + N]
+        attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
         dropout = self.attention_dropout if self.training else 0.0
-        # Which keys a part needs depends on the data, which a compiled graph must not.
-        in_parts = fused and query.shape[2] > QUERIES_AT_ONCE and not torch.compiler.is_compiling()
+        return attend(query, torch.cat((keys, entries), dim=1), visible, self.sinks, self.scaling, dropout)
+
+    def parts_pay(self, query: torch.Tensor) -> bool:
+        """Whether a text is so long that it is read in parts. `eager` is the definition, and has all weights at once.
+
+        Nor does a compiled graph: which keys a part needs depends on the data.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
+
+    def attend_in_parts(
+        self, query, places, keys, key_places, entries, chosen
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same as `attend_with_sinks`, for some queries at a time and the keys near them.
+
+        So neither products nor masks grow with the square of T.
+        """
         outputs = []
-        for start in range(0, query.shape[2], QUERIES_AT_ONCE) if in_parts else (0,):
-            part = slice(start, start + QUERIES_AT_ONCE) if in_parts else slice(None)
-            near = reach(places[:, part], key_places, self.window) if in_parts else slice(None)
-            distance = places[:, part].unsqueeze(2) - key_places[:, near].unsqueeze(1)
-            visible = torch.cat(((distance >= 0) & (distance < self.window), chosen[:, part]), dim=2)
-            near_keys = torch.cat((keys[:, near], entries), dim=1)
-            output, weights = attend(query[:, :, part], near_keys, visible, self.sinks, self.scaling, dropout)
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            near = reach(places[:, part], key_places, self.window)
+            output, _ = self.attend_with_sinks(
+                query[:, :, part], places[:, part], keys[:, near], key_places[:, near], entries, chosen[:, part]
+            )
             outputs.append(output)
-        return torch.cat(outputs, dim=2), weights
+        return torch.cat(outputs, dim=2), None
 
     def contributions(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the new tokens contribute to entries, by compressor: {name: [B, T, W]}."""
@@ -445,7 +462,7 @@ def sdpa_with_sinks(
     # The sink's dimension, and zeros up to the next multiple of 8, which fused kernels on a GPU ask for.
     added = 8 - width % 8
     sink_query = (sinks / scaling).to(query.dtype).view(1, -1, 1, 1).expand(*query.shape[:-1], 1)
-    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D']
+    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D'], D' = D + added
     sink_key = (torch.arange(width + added, device=keys.device) == width).to(keys.dtype).expand(len(keys), 1, -1)
     keys = torch.cat((F.pad(keys, (0, added)), sink_key), dim=1).unsqueeze(1)  # [B, 1, S + 1, D']
     visible = F.pad(visible, (0, 1), value=True).unsqueeze(1)  # [B, 1, T, S + 1]
