@@ -41,6 +41,7 @@ from .attention import FathomAttention
 from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
 from .indexing import FrozenIndexer, best_of, head_weights, index_scores
 from .normalization import FathomRMSNorm
+from .precision import Float32Linear
 from .rotary import FathomRotaryEmbedding, apply_rotary
 
 logger = logging.get_logger(__name__)
@@ -168,7 +169,7 @@ class IndexerScorer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.weights_proj = nn.Linear(config.hidden_size, config.index_n_heads, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, config.index_n_heads)
 
     def forward(self, query: torch.Tensor, entries: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, T, D], entries [B, N, D] and hidden states [B, T, d] -> fp32 scores [B, T, N]."""

@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 
 from .attention import MultiHeadLatentAttention
 from .indexing import FrozenIndexer, best_of, head_weights, index_scores
+from .precision import Float32Linear
 from .rotary import apply_rotary
 
 
@@ -41,7 +42,7 @@ class LightningIndexer(FrozenIndexer):
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, self.n_heads)
         self.requires_grad_(False)
 
     def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
