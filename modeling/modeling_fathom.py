@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
 from .cache import adopt_cache, token_places
-from .compressed_attention import Compressor, SlidingWindowAttention
+from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
@@ -115,6 +115,8 @@ class FathomPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
             elif isinstance(module, HashRouter):
                 module.reset_table()
+        elif isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)

@@ -22,12 +22,12 @@ R latent width, P rotary width, d width, Q query latent width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MultiHeadLatentAttention
 from .indexing import FrozenIndexer, best_of, index_scores
+from .precision import Float32Linear
 from .rotary import apply_rotary
 
 
@@ -42,7 +42,7 @@ class LightningIndexer(FrozenIndexer):
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, self.n_heads)
         self.requires_grad_(False)
 
     def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -67,9 +67,7 @@ class LightningIndexer(FrozenIndexer):
         """
         query = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         query = self.rotate(query, position_embeddings)  # [B, J, T, D]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            weights = F.linear(hidden_states.float(), self.weights_proj.weight.float())  # [B, T, J]
-            weights = weights * (self.n_heads * self.head_dim) ** -0.5
+        weights = self.weights_proj(hidden_states) * (self.n_heads * self.head_dim) ** -0.5  # [B, T, J]
         return index_scores(query, keys.squeeze(1), weights)
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -110,7 +108,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             with torch.no_grad():
                 scores = self.indexer.scores(hidden_states, q_latent, index_keys, position_embeddings)
                 attention_mask = keep_best(scores, attention_mask, self.index_topk)
-            if self.gathering_pays(q_nope, latent):
+            if self.gathering_pays(q_nope, latent) and self.knows_expansion():
                 attend = self.gathered_attention
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
         return self.o_proj(output), weights
