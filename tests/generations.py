@@ -1,10 +1,12 @@
 """Every generation at a size that runs in milliseconds, with its windows, blocks and choices inside a short text."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fathom import FathomConfig, FathomForCausalLM
+from fathom.tokenizer import train_tokenizer
 
 GENERATIONS = ["classic", "moe", "v2", "v3", "v3.2", "v4"]
 SHAPE: dict[str, Any] = {
@@ -51,3 +53,16 @@ def model(generation: str, seed: int = 0, **overrides: Any) -> FathomForCausalLM
 
 def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def save_with_tokenizer(folder: Path, generation: str) -> None:
+    """A folder as training leaves it, whose model writes printable ASCII: other bytes are no text by themselves."""
+    texts = ["def double(x):\n    return 2 * x\n", "the quick brown fox jumps over the lazy dog. ", "0123456789 " * 3]
+    tokenizer = train_tokenizer(texts * 4, 288, 256)
+    ours = model(generation, vocab_size=len(tokenizer))
+    pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+    ours.generation_config.suppress_tokens = [
+        i for i, text in enumerate(pieces) if not (text and text.isascii() and text.isprintable())
+    ]
+    ours.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
