@@ -147,3 +147,41 @@ def test_adapter_on_a_projection_in_groups():
     expected = logits(ours, ids)
     assert (expected - logits(model("v4"), ids)).abs().max() > 0.1
     torch.testing.assert_close(logits(ours.merge_and_unload(), ids), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+def test_routing_biases_stay_beside_adapters(tmp_path, generation):
+    """No adapter saves them. Where PEFT trains the router itself, the copy's bias moves, by the copy's own load."""
+    ids = tokens()
+    frozen = adapted(generation).train()
+    before = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+    frozen(input_ids=ids, labels=ids)
+    load = frozen.update_router_bias()
+    assert load.sum(dim=1).gt(0).all()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in frozen.named_buffers())
+
+    copied = adapted(generation, modules_to_save=["gate"]).train()
+    copied(input_ids=ids, labels=ids)
+    assert torch.equal(copied.update_router_bias(), load)
+    biases = {name: bias for name, bias in copied.named_buffers() if name.endswith("e_score_correction_bias")}
+    trained = [name for name in biases if ".modules_to_save.default." in name]
+    assert len(biases) == 2 * len(trained) > 0
+    for name in trained:
+        assert not torch.equal(biases[name], biases[name.replace("modules_to_save.default", "original_module")])
+    expected = logits(copied.eval(), ids)
+    copied.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(model(generation), tmp_path), ids), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_gradient_checkpointing(generation, reentrant):
+    ids, gradients = tokens(), []
+    for checkpointing in (False, True):
+        ours = adapted(generation).train()
+        if checkpointing:
+            ours.enable_input_require_grads()
+            ours.activation_checkpointing_enable({"use_reentrant": reentrant})
+        ours(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*gradients)
