@@ -1,11 +1,14 @@
 """PEFT: LoRA on attention and on the fused experts of every generation, merged exactly, saved, loaded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from generations import GENERATIONS, config, model, tokens
-from transformers import AutoModelForCausalLM
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from fathom import FathomForCausalLM, FathomForSequenceClassification
+from fathom import FathomForCausalLM, FathomForSequenceClassification, FathomTrainer
 
 peft = pytest.importorskip("peft")
 
@@ -185,3 +188,41 @@ def test_gradient_checkpointing(generation, reentrant):
         ours(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters() if p.requires_grad})
     torch.testing.assert_close(*gradients)
+
+
+class Rows(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokens(16)[index], "labels": tokens(16)[index]}
+
+
+def train(generation: str, folder: Path, steps: int, resume: Path | None = None) -> "peft.PeftModel":
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = FathomTrainer(adapted(generation), arguments, train_dataset=Rows())
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer.model.eval()
+
+
+@pytest.mark.parametrize("generation", ["moe", "v3", "v4"])
+def test_trained_resumed_and_loaded(tmp_path, generation):
+    """Checkpoints of a training run are adapters; the model they are loaded on is that of the run."""
+    ids = tokens()
+    whole = train(generation, tmp_path / "whole", 4)
+    train(generation, tmp_path / "half", 2)
+    resumed = train(generation, tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2")
+    expected = logits(whole, ids)
+    assert torch.equal(logits(resumed, ids), expected)
+    loaded = peft.PeftModel.from_pretrained(model(generation), tmp_path / "half" / "checkpoint-4")
+    assert torch.equal(logits(loaded, ids), expected)
