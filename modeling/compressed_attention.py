@@ -50,12 +50,16 @@ logger = logging.get_logger(__name__)
 QUERIES_AT_ONCE = 256
 
 
-class GroupedLinear(nn.Linear):
-    """A linear map per group, [B, T, G, in] -> [B, T, G, out]; the weight is [G out, in], group after group."""
+class GroupedLinear(nn.Module):
+    """A linear map per group, [B, T, G, in] -> [B, T, G, out]; the weight is [G out, in], group after group.
+
+    No `nn.Linear`, which it is stored like: adapters and quantisers replace every one of those by a single product.
+    """
 
     def __init__(self, in_features: int, out_features: int, groups: int):
-        super().__init__(in_features, groups * out_features, bias=False)
+        super().__init__()
         self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
@@ -230,6 +234,7 @@ class SlidingWindowAttention(FathomAttention):
         super().__init__(config, layer_idx)
         self.head_dim = config.head_dim
         self.window = config.sliding_window
+        self.o_groups = config.o_groups
         self.norm_eps = config.rms_norm_eps
         self.scaling = self.head_dim**-0.5
         query_width = self.num_heads * self.head_dim
@@ -298,7 +303,7 @@ class SlidingWindowAttention(FathomAttention):
             )
         cos, sin = rotation
         output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
-        output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
+        output = self.o_a_proj(output.unflatten(-1, (self.o_groups, -1))).flatten(2)
         return self.o_b_proj(output), weights
 
     def attend_with_sinks(

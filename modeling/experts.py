@@ -265,6 +265,10 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
+        # Not read from `gate`: an adapter may stand in its place.
+        self.num_experts = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.affinities = SCORING[config.scoring_func]
         self.seq_aux_loss_coef = config.seq_aux_loss_coef
         self.aux_loss_alpha = config.aux_loss_alpha
         self.seq_aux = config.seq_aux
@@ -303,10 +307,10 @@ class MixtureOfExperts(nn.Module):
 
         batch = hidden_states.shape[0]
         indices = indices.unflatten(0, (batch, -1))
-        counts = count_tokens(indices, self.gate.num_experts, token_mask).sum(dim=0)
+        counts = count_tokens(indices, self.num_experts, token_mask).sum(dim=0)
         balance_loss = None
         if self.training and (self.seq_aux_loss_coef or self.aux_loss_alpha):
-            scores = self.gate.affinities(logits).unflatten(0, (batch, -1))
+            scores = self.affinities(logits).unflatten(0, (batch, -1))
             balance_loss = self.balance_loss(scores, indices, token_mask)
         return output, counts, balance_loss
 
@@ -316,7 +320,7 @@ class MixtureOfExperts(nn.Module):
         """The weighted losses that are switched on, for affinities [B, T, E] and chosen experts [B, T, K]."""
         loss = scores.new_zeros(())
         if self.seq_aux_loss_coef:
-            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.top_k, token_mask)
         if self.aux_loss_alpha:
             if not self.seq_aux:  # the whole batch as one sequence
                 scores, indices = scores.flatten(0, 1).unsqueeze(0), indices.flatten(0, 1).unsqueeze(0)

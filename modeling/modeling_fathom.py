@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
 from .cache import adopt_cache, token_places
-from .compressed_attention import Compressor, SlidingWindowAttention
+from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
@@ -115,6 +115,8 @@ class FathomPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
             elif isinstance(module, HashRouter):
                 module.reset_table()
+        elif isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -145,10 +147,11 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
-            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. Greedy routers and hash
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. So does that of a frozen
+            router: what is trained beside it, adapters for example, is saved without it. Greedy routers and hash
             routers have no bias; their load is reported all the same.
         """
-        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
+        routers = self.routers()
         if not routers:
             return None
         # Zeros instead of an early return: on another rank the same router may have counted.
@@ -163,10 +166,18 @@ class FathomPreTrainedModel(PreTrainedModel):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            if isinstance(router, TopKRouter):
+            if isinstance(router, TopKRouter) and router.weight.requires_grad:
                 router.update_bias(router_load, self.config.router_bias_update_speed)
             router.expert_load = None
         return load
+
+    def routers(self) -> list[ExpertRouter]:
+        """All routers in the order of the layers; of one that PEFT trains as a copy (`modules_to_save`) the copy."""
+        return [
+            module
+            for name, module in self.named_modules()
+            if isinstance(module, ExpertRouter) and not name.endswith(".original_module")
+        ]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters, from shapes alone (works on the meta device).
@@ -464,8 +475,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
-        for router, counts in zip(routers, expert_counts, strict=False):
+        for router, counts in zip(self.routers(), expert_counts, strict=False):
             router.add_load(counts)
 
 
