@@ -105,13 +105,13 @@ class FathomPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """By default products of sorted tokens on a CPU, and on an accelerator transformers' grouped product.
 
-        That cannot run where rows do not fill whole 16 bytes: then the loop over experts.
+        Where rows do not fill whole 16 bytes, which a grouped product needs, the loop over experts.
         """
         if requested_experts is None:
-            if not torch.accelerator.is_available():
-                requested_experts = "sorted_mm"
-            elif self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
+            if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
                 requested_experts = "eager"
+            elif not torch.accelerator.is_available():
+                requested_experts = "sorted_mm"
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()

@@ -22,6 +22,9 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
                 self.skipTest(reason)
         self.model_tester = type(self).make_tester()
         self.all_model_classes = self.model_tester.all_model_classes
+        # The test of compiled training reads the gradient of every parameter.
+        if self.test_all_params_have_gradient:
+            self._torch_compile_train_cls = self.model_tester.causal_lm_class
 
 
 class IndexerTests(ModelTests):
