@@ -388,7 +388,8 @@ class SlidingWindowAttention(FathomAttention):
     ) -> torch.Tensor:
         """Entries of the query's own document that are complete: bool [B, T, N]."""
         query, entry = places.unsqueeze(2), entries["places"].unsqueeze(1)
-        return (entry <= query) & (entry >= query - query % DOCUMENT)
+        # A padding token stands NOWHERE as well; it must not see the gaps, whose number depends on other rows.
+        return (entry <= query) & (entry >= query - query % DOCUMENT) & (entry != NOWHERE)
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):

@@ -93,18 +93,6 @@ class FathomConfig(PreTrainedConfig):
     model_type = "fathom"
     keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "balance_loss", "expert_counts"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
-    base_model_tp_plan = {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -266,6 +254,22 @@ class FathomConfig(PreTrainedConfig):
         """Whether any layer, MTP layers included, mixes tokens or channels by `kind`."""
         layers = range(self.num_hidden_layers + self.num_nextn_predict_layers)
         return any(kind in (self.token_mixer(i), self.channel_mixer(i)) for i in layers)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers' tensor parallelism splits the modules that this model has. Attention is replicated."""
+        plan = {"embed_tokens": "embedding_rowwise"}
+        if self.uses("dense"):
+            plan |= _split_network("layers.*.mlp", self.mlp_gated)
+        if self.uses("moe") or self.uses("hash"):
+            plan |= {
+                "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+                "layers.*.mlp.experts.down_proj": "rowwise",
+                "layers.*.mlp.experts": "moe_tp_experts",
+            }
+            if self.n_shared_experts:
+                plan |= _split_network("layers.*.mlp.shared_experts", gated=True)
+        return plan
 
     @property
     def compresses(self) -> bool:
@@ -489,6 +493,12 @@ class FathomConfig(PreTrainedConfig):
                 f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
+
+
+def _split_network(name: str, gated: bool) -> dict[str, str]:
+    """The tensor-parallel plan of a feed-forward network: each rank has some of the inner dimensions."""
+    plan = {f"{name}.up_proj": "colwise", f"{name}.down_proj": "rowwise"}
+    return {f"{name}.gate_proj": "colwise", **plan} if gated else plan
 
 
 def _nearest(name: str, known) -> str:

@@ -31,7 +31,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -75,6 +76,8 @@ class FathomPreTrainedModel(PreTrainedModel):
         if config.compresses:
             # Only eager and SDPA attention know about sinks, places and entries (`compressed_attention`).
             self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
+        if config.topk_method != "noaux_tc" or not config.uses("moe"):
+            self._keep_in_fp32_modules_strict = []  # no routing bias
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
@@ -89,7 +92,8 @@ class FathomPreTrainedModel(PreTrainedModel):
                 module.requires_grad_(False)
         return loaded
 
-    # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
+    # transformers decides both by searching the text of this file, for `@use_experts_implementation` and the call of
+    # its attention interface; they stand in `experts` and `attention`.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
@@ -99,10 +103,15 @@ class FathomPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The loop over experts where grouped matrix products cannot run: their rows must fill whole 16 bytes."""
-        config = self.config
-        if requested_experts is None and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
-            requested_experts = "eager"
+        """By default products of sorted tokens on a CPU, and on an accelerator transformers' grouped product.
+
+        Where rows do not fill whole 16 bytes, which a grouped product needs, the loop over experts.
+        """
+        if requested_experts is None:
+            if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
+                requested_experts = "eager"
+            elif not torch.accelerator.is_available():
+                requested_experts = "sorted_mm"
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
@@ -234,7 +243,7 @@ class FathomModel(FathomPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FathomModelOutput:
         """Runs the main layers.
 
@@ -369,7 +378,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FathomCausalLMOutput:
         """Predicts the next token at every position.
 

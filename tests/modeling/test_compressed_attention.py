@@ -84,6 +84,16 @@ def test_left_padding(chunks, attn_implementation):
         torch.testing.assert_close(logits[row, padding:], alone, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_padding_does_not_see_other_rows():
+    """A row has as many entries as the longest; padding, which stands where the missing ones do, must not read them."""
+    ours = model()
+    ids, mask = tokens(2), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, 9:] = 0
+    together, alone = ours(ids, attention_mask=mask), ours(ids[1:], attention_mask=mask[1:])
+    torch.testing.assert_close(together.logits[1], alone.logits[0], atol=1e-4, rtol=0)
+
+
 def test_generation_of_a_left_padded_batch():
     ours = model()
     ids, mask = left_padded([0, 5, 21], length=30)
