@@ -83,7 +83,8 @@ def report(found: "Inspection") -> str:
     rows.append(
         (
             "parameters",
-            f"{amount(counts['total'])} total, {amount(counts['active'])} active per token, "
+            f"{amount(counts['total'])} total, {amount(counts['active'])} active per token "
+            f"({amount(counts['active_without_input_embedding'])} without the input embedding), "
             f"{amount(counts['embedding'])} embedding and head{mtp}",
         )
     )

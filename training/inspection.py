@@ -312,7 +312,7 @@ def _describe(
         }
         if routed
         else {},
-        parameters=model.parameter_counts(),
+        parameters=_parameters(model),
         cache=_cache(config, dtype, context or config.max_position_embeddings),
         memory=Memory(
             stored=sum(tensor.nbytes for tensor in contents.tensors) if contents.files else None,
@@ -325,6 +325,13 @@ def _describe(
         files=contents.files,
         problems=contents.problems + (layout.problems if layout else []),
     )
+
+
+def _parameters(model: FathomPreTrainedModel) -> dict[str, int]:
+    """The model's counts, and the active parameters as DeepSeek prints them from V2 on: without the input embedding."""
+    counts = model.parameter_counts()
+    lookup = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return {**counts, "active_without_input_embedding": counts["active"] - lookup}
 
 
 def _cache(config: FathomConfig, dtype: str, context: int) -> Cache:
