@@ -73,10 +73,11 @@ def cache_bytes_per_token(config, itemsize: int = 2) -> float:
 
 def released_cache_bytes_per_token(config) -> float:
     """The same in the number formats of DeepSeek's releases: V3.2 and V4 partly FP8 and FP4, all others bf16."""
-    return float(sum(_released_bytes(config, i) for i in range(config.num_hidden_layers)))
+    return float(sum(released_layer_bytes(config, i) for i in range(config.num_hidden_layers)))
 
 
-def _released_bytes(config, layer_idx: int) -> Fraction | int:
+def released_layer_bytes(config, layer_idx: int) -> Fraction | int:
+    """The same for `model.layers.{layer_idx}` alone."""
     kind, rotary = config.token_mixer(layer_idx), config.qk_rope_head_dim
     if kind == "dsa":
         quantised = config.kv_lora_rank + 4 * ceil(config.kv_lora_rank / 128) + 2 * rotary

@@ -22,7 +22,7 @@ from .cli import run
 if TYPE_CHECKING:
     from ..training.inspection import Inspection
 
-BILLION, MILLION, THOUSAND = 1e9, 1e6, 1e3
+TRILLION, BILLION, MILLION, THOUSAND = 1e12, 1e9, 1e6, 1e3
 
 
 @dataclass
@@ -142,7 +142,7 @@ def next_command(found: "Inspection", with_tensors: bool) -> str:
 
 def amount(number: float) -> str:
     """671,026,404,352 as `671.03 B`."""
-    for unit, letter in ((BILLION, "B"), (MILLION, "M"), (THOUSAND, "k")):
+    for unit, letter in ((TRILLION, "T"), (BILLION, "B"), (MILLION, "M"), (THOUSAND, "k")):
         if number >= unit:
             return f"{number / unit:.2f} {letter}"
     return f"{number:.0f}"

@@ -53,5 +53,10 @@ def test_as_a_module_and_as_json():
 
 
 def test_numbers_for_people():
-    assert [amount(n) for n in (671_026_404_352, 7_220_000, 512)] == ["671.03 B", "7.22 M", "512"]
+    assert [amount(n) for n in (1_572_997_179_491, 671_026_404_352, 7_220_000, 512)] == [
+        "1.57 T",
+        "671.03 B",
+        "7.22 M",
+        "512",
+    ]
     assert [size(n) for n in (1_342_052_808_704, 1_500, 999)] == ["1,342.1 GB", "1.5 kB", "999 bytes"]
