@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fathom.modeling.presets import GENERATIONS, OFFICIAL
-from fathom.scripts.generations import files, main
+from fathom.scripts.generations.__main__ import main
+from fathom.scripts.generations.page import files
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

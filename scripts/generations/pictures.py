@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..modeling.cache_size import released_layer_bytes
-from ..modeling.configuration_fathom import FathomConfig
-from ..modeling.hyper_connections import sinkhorn
+from ...modeling.cache_size import released_layer_bytes
+from ...modeling.configuration_fathom import FathomConfig
+from ...modeling.hyper_connections import sinkhorn
 from .svg import WIDTH, Picture
 
 Say = Callable[[str, str], str]
@@ -23,6 +23,25 @@ def speaker(chinese: bool) -> Say:
     return lambda english, other: other if chinese else english
 
 
+def _start(title: str, description: str) -> Picture:
+    picture = Picture(title, description)
+    picture.text(LEFT, 40, title, size=21, bold=True)
+    return picture
+
+
+def _head(picture: Picture, top: float, name: str, figure: str = "", words: str = "") -> None:
+    """Begins a row at `top` with a line, its name, a figure at the right and a sentence below."""
+    picture.line(LEFT, top, RIGHT, top, "edge", width=1)
+    picture.text(LEFT, top + 27, name, size=18, bold=True)
+    picture.text(RIGHT, top + 27, figure, fill="value", anchor="end", bold=True)
+    picture.text(LEFT, top + 50, words, fill="soft")
+
+
+def _width(words: str) -> float:
+    """Roughly, in this size of text."""
+    return 8.4 * sum(2.1 if ord(letter) > 255 else 1 for letter in words)
+
+
 # Tokens of the past in the picture, the newest of them in the window, and tokens per entry as drawn.
 PAST, WINDOW, BLOCKS = 24, 4, {"csa": 4, "hca": 10}
 _STEP = (RIGHT - LEFT - 40) / (PAST - 1)
@@ -30,14 +49,13 @@ _STEP = (RIGHT - LEFT - 40) / (PAST - 1)
 
 def token_mixing(say: Say) -> Picture:
     """What a query reads, and what the cache keeps for it, per kind of attention."""
-    picture = Picture(
+    picture = _start(
         say("What a query reads, and what is kept for it", "一个查询读什么，为它保存什么"),
         say(
             "For each kind of attention a row of past tokens. Bars below them are the bytes that one layer keeps.",
             "每种注意力一行历史词元；下方的竖条是一层为它保存的字节数。",
         ),
     )
-    picture.text(LEFT, 40, picture.title, size=21, bold=True)
     legend = [
         ("read", say("read now", "本次读取")),
         ("pale", say("kept, not read now", "保存着，本次不读")),
@@ -47,7 +65,7 @@ def token_mixing(say: Say) -> Picture:
     for fill, words in legend:
         picture.circle(x, 65, 6, fill if fill != "faint" else None, "faint" if fill == "faint" else None)
         picture.text(x + 13, 70.5, words, fill="soft")
-        x += 46 + 8.4 * sum(2.1 if ord(letter) > 255 else 1 for letter in words)
+        x += 46 + _width(words)
     picture.circle(x, 65, 6, "warm")
     picture.text(x + 13, 70.5, say("query", "查询"), fill="soft")
 
@@ -105,18 +123,9 @@ def token_mixing(say: Say) -> Picture:
         config = FathomConfig.preset(preset)
         layer = [config.token_mixer(i) for i in range(config.num_hidden_layers)].index(kind)
         per_token = released_layer_bytes(config, layer)
-        picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-        picture.text(LEFT, top + 27, name, size=18, bold=True)
         number = f"{float(per_token):,.0f}" if per_token >= 10 or not per_token else f"{float(per_token):.1f}"
-        picture.text(
-            RIGHT,
-            top + 27,
-            say(f"{number} bytes per token", f"每词元 {number} 字节"),
-            fill="value",
-            anchor="end",
-            bold=True,
-        )
-        picture.text(LEFT, top + 50, words.format(c=config), fill="soft")
+        figure = say(f"{number} bytes per token", f"每词元 {number} 字节")
+        _head(picture, top, name, figure, words.format(c=config))
         rate = {"csa": config.compress_rate_csa, "hca": config.compress_rate_hca}.get(kind, 1)
         window_bytes = released_layer_bytes(config, 3) * config.compress_rate_hca if config.compresses else 0
         top = _strip(picture, top + 108, kind, float(per_token * rate), float(window_bytes)) + 16
@@ -156,7 +165,7 @@ def _strip(picture: Picture, y: float, kind: str, nbytes: float, window_bytes: f
             f"M{query:.1f} {y - 8:.1f}Q{middle:.1f} {y - 10 - 2 * lift + 8:.1f} {x:.1f} {y - 8:.1f}", "read", 1.2, 0.45
         )
 
-    scale = 56 / 8192
+    scale = 56 / 8192  # units per byte
     height = max(nbytes, window_bytes) * scale
     in_window = range(PAST - WINDOW, PAST) if window_bytes else range(0)
     if window_bytes:
@@ -194,14 +203,13 @@ def _strip(picture: Picture, y: float, kind: str, nbytes: float, window_bytes: f
 
 def channel_mixing(say: Say) -> Picture:
     """Which experts a token meets, with the releases' own numbers of experts and groups."""
-    picture = Picture(
+    picture = _start(
         say("Which experts a token meets", "一个词元遇到哪些专家"),
         say(
             "For each generation its shared and routed experts as squares; those that one token uses are filled.",
             "每一代的共享专家和路由专家画成方格，一个词元用到的填色。",
         ),
     )
-    picture.text(LEFT, 40, picture.title, size=21, bold=True)
     x = LEFT + 0.0
     for fill, words in (
         ("read", say("routed, used", "路由专家，用到")),
@@ -210,13 +218,11 @@ def channel_mixing(say: Say) -> Picture:
     ):
         picture.rect(x, 59, 12, 12, fill)
         picture.text(x + 19, 70.5, words, fill="soft")
-        x += 48 + 8.4 * sum(2.1 if ord(letter) > 255 else 1 for letter in words)
+        x += 48 + _width(words)
 
     top = 92.0
-    picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-    picture.text(LEFT, top + 27, say("classic", "经典"), size=18, bold=True)
-    picture.text(RIGHT, top + 27, say("one network", "一个网络"), fill="value", anchor="end", bold=True)
-    picture.text(LEFT, top + 50, say("Every token passes the whole network.", "每个词元都经过整个网络。"), fill="soft")
+    words = say("Every token passes the whole network.", "每个词元都经过整个网络。")
+    _head(picture, top, say("classic", "经典"), say("one network", "一个网络"), words)
     picture.rect(LEFT, top + 66, RIGHT - LEFT, 26, "value", radius=3)
     top += 110
     for preset, name, words in (
@@ -253,36 +259,18 @@ def channel_mixing(say: Say) -> Picture:
     ):
         top = _experts(picture, say, top, FathomConfig.preset(preset), name, words)
     config = FathomConfig.preset("v4-flash")
-    picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-    picture.text(
-        LEFT,
-        top + 27,
+    chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+    _head(
+        picture,
+        top,
         say(f"V4, first {config.num_hash_layers} layers: hash", f"V4 前 {config.num_hash_layers} 层：哈希"),
-        size=18,
-        bold=True,
-    )
-    picture.text(
-        RIGHT,
-        top + 27,
-        say(
-            f"{config.num_experts_per_tok} of {config.n_routed_experts}",
-            f"{config.n_routed_experts} 选 {config.num_experts_per_tok}",
-        ),
-        fill="value",
-        anchor="end",
-        bold=True,
-    )
-    picture.text(
-        LEFT,
-        top + 50,
+        say(f"{chosen} of {experts}", f"{experts} 选 {chosen}"),
         say("No choice: a fixed table says who serves a token id.", "不做选择：固定的表规定每个词元编号由谁处理。"),
-        fill="soft",
     )
     picture.rect(LEFT, top + 66, 118, 34, "plain", "edge", radius=6)
     picture.text(LEFT + 59, top + 88, say("token 1234", "词元 1234"), anchor="middle")
     picture.line(LEFT + 118, top + 83, LEFT + 170, top + 83, "soft", arrow=True)
-    ids = sorted(random.Random(11).sample(range(config.n_routed_experts), config.num_experts_per_tok))
-    for n, expert in enumerate(ids):
+    for n, expert in enumerate(sorted(random.Random(11).sample(range(experts), chosen))):
         picture.rect(LEFT + 180 + n * 68, top + 66, 60, 34, "read", radius=6)
         picture.text(LEFT + 210 + n * 68, top + 88, str(expert), fill="card", anchor="middle", bold=True)
     picture.height = top + 122
@@ -290,7 +278,7 @@ def channel_mixing(say: Say) -> Picture:
 
 
 def _experts(picture: Picture, say: Say, top: float, config: FathomConfig, name: str, words: str) -> float:
-    """One generation's experts, 32 or 40 to a line, in their groups; gives the lower end."""
+    """One generation's experts in their groups, four groups to a line; gives the lower end."""
     experts, chosen, shared = config.n_routed_experts, config.num_experts_per_tok, config.n_shared_experts
     limited = config.topk_method != "greedy" and config.n_group > 1
     groups, kept = (config.n_group, config.topk_group) if limited else (1, 1)
@@ -300,17 +288,8 @@ def _experts(picture: Picture, say: Say, top: float, config: FathomConfig, name:
     candidates = [group * size + n for group in open_groups for n in range(size)]
     used = set(generator.sample(candidates, chosen))
 
-    picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-    picture.text(LEFT, top + 27, name, size=18, bold=True)
-    picture.text(
-        RIGHT,
-        top + 27,
-        say(f"{chosen} of {experts}, and {shared} shared", f"{experts} 选 {chosen}，另 {shared} 个共享"),
-        fill="value",
-        anchor="end",
-        bold=True,
-    )
-    picture.text(LEFT, top + 50, words.format(c=config), fill="soft")
+    figure = say(f"{chosen} of {experts}, and {shared} shared", f"{experts} 选 {chosen}，另 {shared} 个共享")
+    _head(picture, top, name, figure, words.format(c=config))
     cell, gap, y = 12.0, 3.4, top + 68
     for n in range(shared):
         picture.rect(LEFT, y + n * (cell + gap), cell, cell, "value")
@@ -347,19 +326,16 @@ def _experts(picture: Picture, say: Say, top: float, config: FathomConfig, name:
 
 def residual(say: Say) -> Picture:
     """The plain residual stream, and V4's four streams that are mixed by doubly stochastic matrices."""
-    picture = Picture(
+    picture = _start(
         say("How the residual stream is carried", "残差流怎样传递"),
         say(
             "Above, one stream to which every sub-layer adds. Below, four streams that are read, mixed and written.",
             "上：一条残差流，每个子层往上加。下：四条流，被读取、混合、写入。",
         ),
     )
-    picture.text(LEFT, 40, picture.title, size=21, bold=True)
-    picture.line(LEFT, 60, RIGHT, 60, "edge", width=1)
-    picture.text(LEFT, 88, say("plain · classic to V3.2", "普通 · 经典到 V3.2"), size=18, bold=True)
-    picture.text(RIGHT, 88, "x′ = x + F(norm(x))", fill="value", anchor="end", bold=True)
+    _head(picture, 60, say("plain · classic to V3.2", "普通 · 经典到 V3.2"), "x′ = x + F(norm(x))")
     y = 176.0
-    picture.line(LEFT, y, RIGHT, y, "read", width=4, arrow=False)
+    picture.line(LEFT, y, RIGHT, y, "read", width=4)
     boxes = [(120.0, say("attention", "注意力")), (390.0, say("feed-forward", "前馈网络"))]
     for x, words in boxes:
         picture.path(f"M{x - 50} {y}Q{x - 50} {y - 48} {x - 14} {y - 48}", "soft", 1.6, arrow=True)
@@ -370,8 +346,7 @@ def residual(say: Say) -> Picture:
         picture.text(x + 170, y + 6, "+", size=18, fill="read", anchor="middle", bold=True)
 
     top = 216.0
-    picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-    picture.text(LEFT, top + 28, say("hyper-connections (mHC) · V4", "超连接（mHC）· V4"), size=18, bold=True)
+    _head(picture, top, say("hyper-connections (mHC) · V4", "超连接（mHC）· V4"))
     for x, formula in (
         (LEFT, "u = Σ preⱼ Xⱼ"),
         (LEFT + 158, "y = F(norm(u))"),
@@ -409,9 +384,7 @@ def residual(say: Say) -> Picture:
         previous = x + 180
     for lane in lanes:
         picture.line(previous, lane, RIGHT - 40, (lanes[0] + lanes[3]) / 2, "read", width=1.6)
-    picture.line(
-        RIGHT - 40, (lanes[0] + lanes[3]) / 2, RIGHT - 4, (lanes[0] + lanes[3]) / 2, "read", width=4, arrow=False
-    )
+    picture.line(RIGHT - 40, (lanes[0] + lanes[3]) / 2, RIGHT - 4, (lanes[0] + lanes[3]) / 2, "read", width=4)
     picture.text(RIGHT, lanes[3] + 26, say("sum, head", "求和，输出头"), fill="soft", anchor="end")
 
     top = lanes[3] + 52
@@ -449,23 +422,20 @@ def _doubly_stochastic() -> list[list[float]]:
 
 def drafting(say: Say) -> Picture:
     """How MTP layers join a hidden state with the next token's embedding, in V3 and V4."""
-    picture = Picture(
+    picture = _start(
         say("How one more token is predicted", "怎样多预测一个词元"),
         say(
             "The main model predicts the next token; an MTP layer joins its hidden state with that token's embedding.",
             "主模型预测下一个词元；MTP 层把隐藏状态与那个词元的嵌入合起来，再预测一个。",
         ),
     )
-    picture.text(LEFT, 40, picture.title, size=21, bold=True)
     streams = FathomConfig.preset("v4-flash").hc_mult
     top = 60.0
     for name, formula, count in (
         ("V3", "h′ = W [norm(emb(tᵢ₊₁)) ; norm(hᵢ)]", 1),
         ("V4", "X′ = Wₑ norm(emb(tᵢ₊₁)) + Wₕ norm(Xᵢ)", streams),
     ):
-        picture.line(LEFT, top, RIGHT, top, "edge", width=1)
-        picture.text(LEFT, top + 28, name, size=18, bold=True)
-        picture.text(RIGHT, top + 28, formula, fill="value", anchor="end", bold=True)
+        _head(picture, top, name, formula)
         main, draft, mid = top + 52, top + 142, 250.0
         _box(picture, LEFT, main, 104, say("token i", "词元 i"), "pale")
         _box(picture, 176, main, 148, say("main model", "主模型"), "plain")

@@ -46,6 +46,9 @@ class Picture:
         anchor: str = "start",
         bold: bool = False,
     ) -> None:
+        """Words from `x` on, around it or up to it, by `anchor`; draws nothing where there are no words."""
+        if not words:
+            return
         weight = ' font-weight="600"' if bold else ""
         self.shapes.append(
             f'<text x="{_n(x)}" y="{_n(y)}" font-size="{size}" class="f-{fill}" text-anchor="{anchor}"{weight}>'

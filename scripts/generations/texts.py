@@ -5,7 +5,7 @@ In the texts {c.FIELD} is a field of the generation's largest release (of the na
 
 from typing import Any, NamedTuple
 
-from ..modeling import (
+from ...modeling import (
     attention,
     compressed_attention,
     experts,

@@ -1,13 +1,10 @@
-"""Writes `docs/generations.md`, its Chinese twin and their pictures: what each generation of DeepSeek changed.
+"""The page `docs/generations.md` and its Chinese twin, as Markdown.
 
-    python -m fathom.scripts.generations [FOLDER]
-
-Every number is counted from the presets and every line of code looked up, so that the page is right when it is written;
-a test compares it with what would be written now. Run this again when that test fails.
+Every number in a table is counted from the presets and every line of code looked up, so that the page is right when it
+is written.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,29 +12,18 @@ from typing import Any
 
 import torch
 
-from ..modeling.cache_size import cache_bytes_per_token, multi_head_cache_numbers, released_cache_bytes_per_token
-from ..modeling.configuration_fathom import FathomConfig
-from ..modeling.decoder_layer import FathomDecoderLayer
-from ..modeling.modeling_fathom import FathomForCausalLM
-from ..modeling.presets import OFFICIAL
-from ..training.inspection import layer_runs
-from .cli import run
-from .generation_pictures import PICTURES, Say, speaker
-from .generation_texts import GENERATION_TEXTS
-from .inspect import amount
+from ...modeling.cache_size import cache_bytes_per_token, multi_head_cache_numbers, released_cache_bytes_per_token
+from ...modeling.configuration_fathom import FathomConfig
+from ...modeling.decoder_layer import FathomDecoderLayer
+from ...modeling.modeling_fathom import FathomForCausalLM
+from ...modeling.presets import OFFICIAL
+from ...training.inspection import layer_runs
+from ..inspect import amount
+from .pictures import PICTURES, Say, speaker
+from .texts import GENERATION_TEXTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {False: "generations.md", True: "generations.zh-CN.md"}
-
-
-def main(argv: Sequence[str]) -> int:
-    folder = Path(argv[0]) if argv else ROOT / "docs"
-    for name, content in files().items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-        print(file)
-    return 0
 
 
 def files() -> dict[str, str]:
@@ -236,7 +222,3 @@ def _picture_file(name: str, say: Say) -> str:
 def _picture(name: str, say: Say) -> str:
     picture = PICTURES[name](say)
     return f"![{picture.title}{say('. ', '。')}{picture.description}]({_picture_file(name, say)})"
-
-
-if __name__ == "__main__":
-    sys.exit(run("generations", main, sys.argv[1:]))
