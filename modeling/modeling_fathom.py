@@ -193,7 +193,8 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             `total`: all, without MTP layers, as DeepSeek reports it. `active`: those that one token uses, embedding
-            and head included. `embedding`: embedding and head. `mtp`: MTP layers.
+            and head included; from V2 on DeepSeek leaves the input embedding out (V3: 36.6 B, printed as 37 B, of
+            37.6 B). `embedding`: embedding and head. `mtp`: MTP layers.
         """
         unused = mtp = 0
         first_mtp = self.config.num_hidden_layers

@@ -20,6 +20,7 @@ VERBS = {
     "sft": "teach a pretrained model to answer questions",
     "generate": "continue one prompt, streaming to the terminal",
     "chat": "talk to a model in the browser",
+    "inspect": "say what a checkpoint is, from its headers alone",
     "serve": "an OpenAI-compatible API for a model",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
