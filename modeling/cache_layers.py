@@ -116,7 +116,7 @@ class KeyValueCacheLayer(FathomCacheLayer):
         return self.buffers["values"][..., : self.length, :] if self.buffers else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.device, self.dtype = key_states.device, key_states.dtype
+        self.device = key_states.device
         self.buffers.update(keys=key_states[..., :0, :], values=value_states[..., :0, :])
         self.is_initialized = True
 

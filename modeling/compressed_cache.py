@@ -109,7 +109,7 @@ class CompressedCacheLayer(FathomCacheLayer):
     def keep(self, tokens: int) -> None:
         removed = int(self.length) - tokens
         for name, rows in self.tokens.items():
-            if self._held(rows) - removed < min(self.needed(name), tokens):
+            if max(self._held(rows) - removed, 0) < min(self.needed(name), tokens):
                 raise RuntimeError(
                     f"crop({-removed}) needs tokens that are no longer kept (window {self.window + 1}); "
                     f"call activate_past_recording() before the tokens that may be removed"
@@ -124,14 +124,13 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.length -= removed
         self.tokens = {name: rows[:, : rows.shape[1] - removed] for name, rows in self.tokens.items()}
         if self.entries:
-            self._leave_out_later_entries()
+            self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
             self._pack({name: rows[:, :0] for name, rows in self.entries.items()})
         self._forget()
 
-    def _leave_out_later_entries(self) -> None:
-        """Entries that were completed by tokens which are no longer there stand NOWHERE."""
-        places, last_places = self.entries["places"], self.tokens["places"].amax(dim=1, keepdim=True)
-        self.entries["places"] = places.masked_fill(places > last_places, NOWHERE)
+    def _premature_entries(self) -> torch.Tensor:
+        """[B, N], True for entries that were completed by tokens which are no longer there."""
+        return self.entries["places"] > self.tokens["places"].amax(dim=1, keepdim=True)
 
     def nbytes(self) -> int:
         """Bytes of keys, compressor inputs and entries. Places are bookkeeping: `allocated_nbytes` counts them."""
@@ -185,7 +184,7 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
         if not self.tokens:
             self.start(streams["places"].device)
             for name, new in streams.items():
-                self.tokens[name] = self.empty(name, new, self.kept(name))
+                self.tokens[name] = self.fixed(nothing(name, new, self.room(name)))
         new_tokens = streams["places"].shape[1]
         self.length.add_(new_tokens)
         joined = {name: torch.cat((self.tokens[name], new), 1) for name, new in streams.items()}
@@ -193,13 +192,9 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
             self.tokens[name].copy_(newest(rows, self.tokens[name].shape[1]))
         return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
 
-    def kept(self, name: str) -> int:
+    def room(self, name: str) -> int:
         """Number of rows of a stream."""
         return self.max_cache_len if self.record_past else min(self.needed(name), self.max_cache_len)
-
-    def empty(self, name: str, like: torch.Tensor, rows: int) -> torch.Tensor:
-        """Rows of zeros [B, rows, ...] that stand NOWHERE."""
-        return self.fixed(like.new_full((like.shape[0], rows, *like.shape[2:]), NOWHERE if name == "places" else 0))
 
     def most_blocks(self, tokens: int, block: int) -> int | None:
         return (tokens + block - 2) // block + 1
@@ -208,7 +203,7 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
         if not self.entries:
             for name, new in entries.items():
                 # One row more than there can be takes what stands NOWHERE.
-                self.entries[name] = self.empty(name, new, self.most_entries + 1)
+                self.entries[name] = self.fixed(nothing(name, new, self.most_entries + 1))
         present = entries["places"] != NOWHERE  # [B, M]
         there_are = (self.entries["places"] != NOWHERE).sum(dim=1, keepdim=True)
         row = torch.where(present, there_are + present.cumsum(dim=1) - 1, self.most_entries)
@@ -219,16 +214,21 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
         for name, rows in self.tokens.items():
-            if more := self.kept(name) - rows.shape[1]:
-                self.tokens[name] = self.fixed(torch.cat((self.empty(name, rows, more), rows), dim=1))
+            if more := self.room(name) - rows.shape[1]:
+                self.tokens[name] = self.fixed(torch.cat((nothing(name, rows, more), rows), dim=1))
 
     def _drop_newest(self, removed: int) -> None:
         self.length.sub_(removed)
         for name, rows in self.tokens.items():
-            kept = rows.shape[1] - removed
-            rows.copy_(torch.cat((self.empty(name, rows, removed), rows[:, :kept]), dim=1))
+            kept = rows[:, : rows.shape[1] - removed]
+            rows.copy_(torch.cat((nothing(name, rows, rows.shape[1] - kept.shape[1]), kept), dim=1))
         if self.entries:
-            self._leave_out_later_entries()
+            self.entries["places"].masked_fill_(self._premature_entries(), NOWHERE)
+
+
+def nothing(name: str, like: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [B, count, ...] that no query and no block reaches: zeros that stand NOWHERE."""
+    return like.new_full((like.shape[0], count, *like.shape[2:]), NOWHERE if name == "places" else 0)
 
 
 def along(order: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
