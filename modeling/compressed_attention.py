@@ -20,7 +20,8 @@ entry is rotated by its block's first position, and visible from its block's las
 
 The indexer has small entries of its own, scores them and chooses among them as `indexing` says.
 
-Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places (`cache`).
+Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places
+(`compressed_cache`).
 
 `eager` attention is the definition. `sdpa` runs PyTorch's fused kernels (`sdpa_with_sinks`), a part of a long text at a
 time. Flash and flex attention take neither sinks nor places, and transformers refuses them.
@@ -38,7 +39,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .attention import FathomAttention
-from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
+from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer
 from .indexing import FrozenIndexer, best_of, head_weights, index_scores
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
@@ -92,7 +93,7 @@ class Compressor(nn.Module):
         return torch.cat((self.kv_proj(hidden_states), self.gate_proj(hidden_states)), dim=-1)
 
     def forward(
-        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor
+        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor, most_blocks: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the blocks that are completed by tokens beyond a place.
 
@@ -100,11 +101,12 @@ class Compressor(nn.Module):
             contributions: [B, S, 2 D or 4 D], of the new tokens and of those before that may share blocks with them.
             places: [B, S].
             after: [B, 1], place of the newest token whose entries exist already.
+            most_blocks: as in `blocks`.
 
         Returns:
             Entries [B, M, D], not yet rotated, and their places [B, M]; NOWHERE where there is none.
         """
-        grid, places = blocks(contributions, places, self.block)  # [B, M, m, W], [B, M, m]
+        grid, places = blocks(contributions, places, self.block, most_blocks)  # [B, M, m, W], [B, M, m]
         values, gates = grid.float().chunk(2, dim=-1)
         # A block's missing tokens, those before its document's first included, have no weight.
         missing = (places == NOWHERE).unsqueeze(-1)
@@ -125,26 +127,31 @@ def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
     return places - positions + positions // block
 
 
-def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks(
+    tokens: torch.Tensor, places: torch.Tensor, block: int, most_blocks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts tokens into their blocks.
 
     Args:
         tokens: [B, S, W].
         places: [B, S].
         block: m.
+        most_blocks: M, for shapes that do not depend on places; of more blocks the newest are taken.
 
     Returns:
-        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. M is the
-        largest number of blocks that a row touches.
+        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Without
+        `most_blocks`, M is the largest number of blocks that a row touches; rows that touch fewer begin with empty
+        ones.
     """
     real = places != NOWHERE
     number = block_number(places, block)
     # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
     highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
     ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
-    count = max(int(ordinal.max()) + 1, 1)
-    # One slot more than there are takes the padding.
-    slot = torch.where(real, ordinal * block + places % DOCUMENT % block, count * block)
+    count = max(int(ordinal.max()) + 1, 1) if most_blocks is None else most_blocks
+    ordinal = ordinal - ordinal[:, -1:] + count - 1  # the newest block is the last
+    # One slot more than there are takes the rest.
+    slot = torch.where(real & (ordinal >= 0), ordinal * block + places % DOCUMENT % block, count * block)
     batch, _, width = tokens.shape
     grid = tokens.new_zeros(batch, count * block + 1, width)
     grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
@@ -267,8 +274,8 @@ class SlidingWindowAttention(FathomAttention):
 
         Args:
             hidden_states: [B, T, d].
-            places: [B, T], where the tokens stand (`cache.token_places`); this takes the part of an attention mask.
-            past_key_values: cache whose layer is a `CompressedCacheLayer`.
+            places: [B, T], where the tokens stand (`compressed_cache.token_places`); this takes the part of a mask.
+            past_key_values: a `FathomCache` whose layer is a `CompressedCacheLayer`.
 
         Returns:
             Output [B, T, d]; attention weights [B, H, T, S + N], the window's tokens first, then the entries; None
@@ -281,7 +288,7 @@ class SlidingWindowAttention(FathomAttention):
         query = rotate_end(query, *rotation)  # [B, H, T, D]
         key = rotate_end(self.kv_norm(self.kv_proj(hidden_states)).unsqueeze(1), *rotation).squeeze(1)  # [B, T, D]
 
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
         after = torch.full_like(places[:, :1], NOWHERE)
         if layer is not None:
@@ -294,6 +301,8 @@ class SlidingWindowAttention(FathomAttention):
             all_entries = self.entries(streams, after, layer)
             entries = all_entries["compressor"]
             chosen = self.visible_entries(hidden_states, q_latent, places, all_entries, rotation)
+        if past_key_values is not None:
+            past_key_values.release(self.layer_idx)
 
         attend = self.attend_in_parts if self.parts_pay(query) else self.attend_with_sinks
         output, weights = attend(query, places, keys, key_places, entries, chosen)
@@ -371,8 +380,10 @@ class SlidingWindowAttention(FathomAttention):
         new: dict[str, torch.Tensor] = {}
         for name, compressor in self.compressors().items():
             contributions = streams[name]
-            entries, places = compressor(contributions, streams["places"][:, -contributions.shape[1] :], after)
-            first = (places % DOCUMENT - (compressor.block - 1)).clamp(min=0)
+            tokens, block = contributions.shape[1], compressor.block
+            most_blocks = None if layer is None else layer.most_blocks(tokens, block)
+            entries, places = compressor(contributions, streams["places"][:, -tokens:], after, most_blocks)
+            first = (places % DOCUMENT - (block - 1)).clamp(min=0)
             rotation = self.rotary_emb(entries, first)
             new[name] = rotate_end(entries.unsqueeze(1), *rotation).squeeze(1)
             new["places"] = places

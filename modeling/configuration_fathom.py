@@ -276,6 +276,17 @@ class FathomConfig(PreTrainedConfig):
         """Whether tokens are mixed by windows and compressed entries (`swa`, `csa`, `hca`)."""
         return any(self.uses(kind) for kind in COMPRESSED_MIXERS)
 
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers makes caches by, if there is a `sliding_window`; the other generations have none.
+
+        For windows it would make a static cache that is no longer than they are, and could not be told how many
+        entries to make room for. What the layers get in the end is said by `cache.adopt_cache`.
+        """
+        if not self.compresses:
+            raise AttributeError("only configurations with a sliding_window have layer_types")
+        return ["full_attention"] * self.num_hidden_layers
+
     def _read_v4_names(self, kwargs: dict) -> dict:
         """Takes what DeepSeek-V4's config.json, DeepSeek's or transformers', calls otherwise out of `kwargs`.
 

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,8 +37,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
-from .cache import adopt_cache, token_places
+from .cache import adopt_cache
 from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
+from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
@@ -75,7 +76,7 @@ class FathomPreTrainedModel(PreTrainedModel):
             self._supports_flash_attn = self._supports_flex_attn = False
         if config.compresses:
             # Only eager and SDPA attention know about sinks, places and entries (`compressed_attention`).
-            self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
+            self._supports_flash_attn = self._supports_flex_attn = False
         if config.topk_method != "noaux_tc" or not config.uses("moe"):
             self._keep_in_fp32_modules_strict = []  # no routing bias
         super().__init__(config, *args, **kwargs)
@@ -261,14 +262,13 @@ class FathomModel(FathomPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if past_key_values is not None and self.config.compresses:
+        if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-            if self.config.compresses:
-                adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
@@ -310,7 +310,8 @@ class FathomModel(FathomPreTrainedModel):
 
         Returns:
             `position_ids` [B, T] and `token_mask` [B, T]; and by the kind of token mixers either
-            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents (see `cache`).
+            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents
+            (see `compressed_cache`).
         """
         length = inputs_embeds.shape[1]
         token_mask = None
@@ -320,9 +321,12 @@ class FathomModel(FathomPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
-            if attention_mask is not None and token_mask is not None and attention_mask.shape[1] == past + length:
-                # Positions count from the first real token, so that a padded row is what it is alone.
-                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+            if attention_mask is not None and token_mask is not None:
+                # Positions count from the first real token, so that a padded row is what it is alone; unless the mask
+                # is that of the new tokens alone. (A static cache's length is a tensor, which no branch may depend on.)
+                whole = torch.as_tensor(attention_mask.shape[1] - length == past, device=inputs_embeds.device)
+                counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+                position_ids = torch.where(whole, counted, position_ids)
         shared = {"position_ids": position_ids, "token_mask": token_mask}
         if self.config.compresses:
             if attention_mask is not None and token_mask is None:
@@ -367,6 +371,27 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """As in transformers. The cache becomes ours before anything is asked of it."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            adopt_cache(cache, self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """No shapes for transformers to fill a static cache with: layers start with their first tokens."""
+        return
+
+    def create_masks_for_generate(
+        self, config: FathomConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor | None:
+        """The mask that a step with a static cache gets: causal, or for places which of the new tokens are real."""
+        if config.compresses:
+            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     @can_return_tuple
     def forward(
