@@ -176,7 +176,7 @@ class RoutedExperts(nn.Module):
     """E SwiGLU experts as two 3-D parameters, so that one kernel can run them all.
 
     `forward` is the readable reference (`experts_implementation="eager"`); transformers' decorator dispatches to
-    its grouped matrix product otherwise. On disk every expert has tensors of its own (see `modeling_fathom`).
+    its grouped matrix product otherwise. On disk every expert has tensors of its own (see `conversion`).
     """
 
     def __init__(self, config):
