@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .presets import GENERATIONS, OFFICIAL, SIZES, UNSAID
+from .official_config import read_official
+from .presets import GENERATIONS, OFFICIAL, SIZES
 
 COMPRESSED_MIXERS = ("swa", "csa", "hca")
 TOKEN_MIXERS = ("mha", "mla", "dsa", *COMPRESSED_MIXERS)
@@ -186,22 +187,13 @@ class FathomConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
-        unsaid = UNSAID.get(config_dict.get("model_type", ""))
-        if unsaid is None:
-            return super().from_dict(config_dict, **kwargs)
-        said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
-        # Kept, it would hide our own from transformers' search for a checkpoint layout.
-        del said["model_type"]
-        if unsaid["generation"] != "v4":  # V4's other names are read by the constructor
-            # transformers' own schedules; ours are `token_mixers` and `channel_mixers`.
-            said.pop("layer_types", None)
-            if kinds := said.pop("mlp_layer_types", None):
-                kinds = ["dense" if kind == "dense" else "moe" for kind in kinds]
-                said["channel_mixers"] = kinds + ["moe"] * said.get("num_nextn_predict_layers", 0)
-        if unsaid["generation"] in ("v3", "v3.2"):
-            # A leftover of V2 in V3's files; the training balanced by a bias and `seq_aux_loss_coef`.
-            said.pop("aux_loss_alpha", None)
-        return super().from_dict({**unsaid, **said}, **kwargs)
+        return super().from_dict(read_official(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        """As in transformers, which would warn of a DeepSeek `model_type` if it saw it."""
+        config_dict, rest = super().get_config_dict(*args, **kwargs)
+        return read_official(config_dict), rest
 
     @classmethod
     def preset(cls, generation: str, size: str = "nano", **overrides) -> "FathomConfig":
@@ -254,6 +246,14 @@ class FathomConfig(PreTrainedConfig):
         """Whether any layer, MTP layers included, mixes tokens or channels by `kind`."""
         layers = range(self.num_hidden_layers + self.num_nextn_predict_layers)
         return any(kind in (self.token_mixer(i), self.channel_mixer(i)) for i in layers)
+
+    def drop_mtp_layers(self) -> None:
+        """Describes the same model without its MTP layers."""
+        for field in ("token_mixers", "channel_mixers"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                setattr(self, field, value[: self.num_hidden_layers])
+        self.num_nextn_predict_layers = 0
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:

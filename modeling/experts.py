@@ -177,7 +177,7 @@ class RoutedExperts(nn.Module):
 
     `forward` is the readable reference (`experts_implementation="eager"`); transformers' decorator dispatches to
     the others: `sorted_mm` below, its own grouped products. On disk every expert has tensors of its own (see
-    `modeling_fathom`).
+    `conversion`).
     """
 
     def __init__(self, config):

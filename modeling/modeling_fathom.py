@@ -4,7 +4,7 @@
                                                                                \\-> MTP layers -> later tokens
 
 What a layer mixes by is said by the config (`configuration_fathom`) and composed in `decoder_layer`. This file
-is the frame: embedding, loop over the layers, heads, losses, checkpoint layout and registration.
+is the frame: embedding, loop over the layers, heads, losses and registration.
 
 Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers with experts.
 """
@@ -21,15 +21,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -41,6 +40,7 @@ from .cache import adopt_cache
 from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
 from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
+from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
@@ -48,10 +48,11 @@ from .indexing import FrozenIndexer
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
+from .presets import UNSAID
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
 
 
-class FathomPreTrainedModel(PreTrainedModel):
+class FathomPreTrainedModel(OfficialCheckpoints):
     config: FathomConfig
     config_class = FathomConfig
     base_model_prefix = "model"
@@ -80,8 +81,6 @@ class FathomPreTrainedModel(PreTrainedModel):
         if config.topk_method != "noaux_tc" or not config.uses("moe"):
             self._keep_in_fp32_modules_strict = []  # no routing bias
         super().__init__(config, *args, **kwargs)
-        # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
-        self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -521,17 +520,6 @@ def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int 
     return (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
-def _without_mtp(config: FathomConfig) -> FathomConfig:
-    """A classifier predicts no tokens; MTP layers in it would be parameters without a gradient."""
-    config = copy.deepcopy(config)
-    for field in ("token_mixers", "channel_mixers"):
-        value = getattr(config, field)
-        if isinstance(value, list):
-            setattr(config, field, value[: config.num_hidden_layers])
-    config.num_nextn_predict_layers = 0
-    return config
-
-
 def _only_in_language_models(config: FathomConfig) -> list[str]:
     """What a language model's checkpoint has and a classifier has not: patterns of the head and of the MTP layers."""
     first = config.num_hidden_layers
@@ -546,7 +534,10 @@ class FathomClassifier(FathomPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: FathomConfig):
-        FathomPreTrainedModel.__init__(self, _without_mtp(config))
+        # It predicts no tokens; MTP layers in it would be parameters without a gradient.
+        without_mtp = copy.deepcopy(config)
+        without_mtp.drop_mtp_layers()
+        FathomPreTrainedModel.__init__(self, without_mtp)
         self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)
@@ -595,21 +586,26 @@ def _register() -> None:
         model_class.register_for_auto_class(auto_class.__name__)
     # Trainer's label smoothing shifts labels only for class names in this table.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fathom"] = "FathomForCausalLM"
-    # DeepSeek's layout on disk, one tensor per expert matrix, from and to the fused parameters in memory.
-    register_checkpoint_conversion_mapping(
-        "fathom",
-        [
-            WeightConverter(
-                ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-                "mlp.experts.gate_up_proj",
-                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-            ),
-            WeightConverter(
-                "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]
-            ),
-        ],
-        overwrite=True,
-    )
+
+
+def register_deepseek() -> None:
+    """Lets transformers' Auto classes make Fathom models of DeepSeek's own checkpoints.
+
+    After it, `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers read folders of the types
+    `deepseek`, `deepseek_v2`, `deepseek_v3`, `deepseek_v32` and `deepseek_v4`. It holds for the whole process, so
+    nothing calls it by itself; transformers' classes can still be used by their names.
+    """
+    for model_type in UNSAID:
+        reader = type("DeepseekConfigReader", (_DeepseekConfigReader,), {"model_type": model_type})
+        AutoConfig.register(model_type, reader, exist_ok=True)
+
+
+class _DeepseekConfigReader(PreTrainedConfig):
+    """Stands for a DeepSeek `model_type` in `AutoConfig`, and reads it as a `FathomConfig`."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        return FathomConfig.from_dict(config_dict, **kwargs)
 
 
 _register()
@@ -621,4 +617,5 @@ __all__ = [
     "FathomForTokenClassification",
     "FathomModel",
     "FathomPreTrainedModel",
+    "register_deepseek",
 ]
