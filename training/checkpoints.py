@@ -29,6 +29,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -333,7 +334,10 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         try:
             header = json.loads(stream.read(end_of_header - 8))
             header.pop("__metadata__", None)
-            expected = end_of_header + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            # All three must be there: callers rely on them.
+            entries = map(itemgetter("dtype", "shape", "data_offsets"), header.values())
+            ends = [end for _, _, (_, end) in entries]
+            expected = end_of_header + max(ends, default=0)
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file} is damaged: its header is no safetensors header; {again}") from error
     if size != expected:

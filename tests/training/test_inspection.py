@@ -323,6 +323,13 @@ def test_tensors_that_do_not_fit_the_config(tiny_checkpoint: Path, tmp_path: Pat
     ]
 
 
+def test_a_header_that_does_not_say_a_shape(tiny_checkpoint: Path, tmp_path: Path):
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+    text = json.dumps({"lm_head.weight": {"dtype": "F32", "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    assert "its header is no safetensors header" in inspect_checkpoint(str(tmp_path)).problems[0]
+
+
 def test_a_folder_without_weights(tiny_checkpoint: Path, tmp_path: Path):
     shutil.copy(tiny_checkpoint / "config.json", tmp_path)
     found = inspect_checkpoint(str(tmp_path))
