@@ -20,6 +20,7 @@ VERBS = {
     "sft": "teach a pretrained model to answer questions",
     "generate": "continue one prompt, streaming to the terminal",
     "chat": "talk to a model in the browser",
+    "export": "write a model as transformers' own DeepSeek classes or DeepSeek's releases have it",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
 
