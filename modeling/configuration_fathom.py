@@ -392,6 +392,11 @@ class FathomConfig(PreTrainedConfig):
             self._check_mha()
         if self.compresses:
             self._check_compressed()
+        elif self.sliding_window is not None:
+            # transformers' caches would forget all older tokens, which these layers look at.
+            raise ValueError(
+                f"sliding_window={self.sliding_window} is for swa, csa and hca layers; without them set it to None"
+            )
         if self.uses("dsa") or self.uses("csa"):
             self._check_indexer()
         if self.uses("dense"):

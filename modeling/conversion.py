@@ -87,8 +87,8 @@ def name_in_memory(name: str, config) -> str:
         return name
     body = name.removeprefix("model.")
     first, _, rest = body.partition(".")
-    if first in ("layers", "mtp"):
-        number, _, inside = rest.partition(".")
+    number, _, inside = rest.partition(".")
+    if first in ("layers", "mtp") and number.isdigit():
         layer = int(number) + (config.num_hidden_layers if first == "mtp" else 0)
         return f"model.layers.{layer}.{_replace_start(inside, V4_INSIDE_READ)}"
     replaced = _replace_start(body, V4_OUTSIDE)

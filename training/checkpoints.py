@@ -27,7 +27,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
@@ -181,11 +181,12 @@ def _is_no_space(error: BaseException | None) -> bool:
     return False
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
+def check_checkpoint(folder: Path, model_types: Sequence[str] = (MODEL_TYPE,)) -> dict[str, Any]:
     """Checks that `folder` holds a whole Fathom model, reading no more than the headers of its weights.
 
     Args:
         folder: folder of `config.json` and `model.safetensors`, or shards with their index.
+        model_types: what its config.json may say to be.
 
     Returns:
         The content of `config.json`.
@@ -195,10 +196,9 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    if config.get("model_type") != MODEL_TYPE:
-        raise UserError(
-            f"{folder} is a checkpoint of model_type {config.get('model_type')!r}; Fathom loads {MODEL_TYPE!r}"
-        )
+    if config.get("model_type") not in model_types:
+        known = ", ".join(map(repr, model_types))
+        raise UserError(f"{folder} is a checkpoint of model_type {config.get('model_type')!r}; Fathom loads {known}")
     files = weight_files(folder)
     absent = sorted(file.name for file in files if not file.is_file())
     if absent:
@@ -365,7 +365,7 @@ def load_model(
     from ..modeling.modeling_fathom import FathomForCausalLM
 
     cls = model_class or FathomForCausalLM
-    folder = _local_folder(path_or_id)
+    folder = local_folder(path_or_id)
     check_checkpoint(folder)
     try:
         config = cls.config_class.from_pretrained(folder)
@@ -402,7 +402,7 @@ def load_tokenizer(path_or_id: str) -> "PreTrainedTokenizerFast":
     # Not AutoTokenizer: it would look into config.json first and ask whether to run the code of a pushed model.
     from transformers import PreTrainedTokenizerFast
 
-    folder = _local_folder(path_or_id)
+    folder = local_folder(path_or_id)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: save a tokenizer there (fathom tokenizer --out FOLDER)")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -414,7 +414,7 @@ def load_tokenizer(path_or_id: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _local_folder(path_or_id: str) -> Path:
+def local_folder(path_or_id: str) -> Path:
     """The folder itself, or the local copy of a Hub repository, downloaded when it is not there yet."""
     path = Path(path_or_id).expanduser()
     if not is_hub_id(path_or_id):

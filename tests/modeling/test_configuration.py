@@ -333,6 +333,13 @@ def test_impossible_indexers(overrides, says):
         FathomConfig.preset("v3.2", **overrides)
 
 
+@pytest.mark.parametrize("generation", ["classic", "v3", "v3.2"])
+def test_a_window_that_no_layer_has_is_refused(generation):
+    """transformers' caches would drop the tokens beyond it, and decoding differ from prefill."""
+    with pytest.raises(ValueError, match="sliding_window=11 is for swa, csa and hca layers"):
+        FathomConfig.preset(generation, sliding_window=11)
+
+
 def test_sparse_and_dense_layers_in_one_model():
     config = FathomConfig.preset("v3.2", token_mixers=["mla", "dsa", "mla", "dsa", "mla"])
     assert config.head_dim == config.qk_rope_head_dim
