@@ -117,7 +117,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         Then reading them alone saves products and memory traffic alike. `eager` is the reference and never gathers.
         """
-        return q_nope.shape[2] * self.index_topk < latent.shape[2] and self.config._attn_implementation == "sdpa"
+        if self.config._attn_implementation != "sdpa" or not self.knows_expansion():
+            return False
+        return q_nope.shape[2] * self.index_topk < latent.shape[2]
 
     def gathered_attention(
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
