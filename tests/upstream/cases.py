@@ -2,6 +2,7 @@
 
 import torch
 from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
@@ -25,6 +26,10 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
         # The test of compiled training reads the gradient of every parameter.
         if self.test_all_params_have_gradient:
             self._torch_compile_train_cls = self.model_tester.causal_lm_class
+
+    def test_config(self):
+        config = self.model_tester.get_config()
+        ConfigTester(self, type(config), hidden_size=config.hidden_size).run_common_tests()
 
 
 class IndexerTests(ModelTests):

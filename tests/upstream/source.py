@@ -3,8 +3,8 @@
 The wheel of transformers leaves its tests out; its source distribution has the files `tests/test_*.py`. pip fetches
 it from the configured index, once per version, into the user's cache: nothing of it comes into this repository.
 
-Those files import two modules from folders that the distribution leaves out. `generation` takes the place of the one
-that tests generation. The other tests export to other runtimes, and is left empty.
+Those files import three modules from folders that the distribution leaves out. `generation` takes the place of the one
+that tests generation. The others, tests of exporting and a list of arguments of all configurations, are left empty.
 """
 
 import os
@@ -52,7 +52,9 @@ def _fetch(temporary: Path) -> Path:
     with tarfile.open(archive) as tar:
         tests = [member for member in tar if member.name.split("/")[1:2] == ["tests"]]
         tar.extractall(temporary, tests, filter="data")
-    return temporary / archive.name.removesuffix(".tar.gz") / "tests"
+    folder = temporary / archive.name.removesuffix(".tar.gz") / "tests"
+    (folder / "__init__.py").touch()  # test_configuration_common reads it
+    return folder
 
 
 def _module(name: str, **contents: object) -> None:
@@ -68,3 +70,5 @@ def load() -> None:
     _module(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=GenerationTests)
     _module(f"{PACKAGE}.exporters", __path__=[])
     _module(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+    _module(f"{PACKAGE}.utils", __path__=[])
+    _module(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs={})

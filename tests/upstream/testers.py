@@ -6,6 +6,7 @@ official config.json. So both are the same network, but for the MTP layers, whic
 
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
@@ -68,30 +69,6 @@ STOCK: dict[str, dict[str, Any]] = {
         "index_topk": 2,
     },
 }
-CLASSIC: dict[str, Any] = {
-    **COMMON,
-    "token_mixers": "mha",
-    "channel_mixers": "dense",
-    "position_embedding_type": "sinusoidal",
-    "intermediate_size": 32,
-    "hidden_act": "relu",
-    "mlp_gated": False,
-    "num_nextn_predict_layers": 0,
-}
-MOE: dict[str, Any] = {
-    **COMMON,
-    **EXPERTS,
-    "token_mixers": "mha",
-    "rope_interleave": False,
-    "intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "aux_loss_alpha": 0.001,
-    "num_nextn_predict_layers": 0,
-}
 
 
 class ModelTester:
@@ -120,32 +97,33 @@ class ModelTester:
         self.pad_token_id = config.pad_token_id
 
     def prepare_config_and_inputs_for_common(self):
-        from transformers_tests.test_modeling_common import ids_tensor
-
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        input_ids = torch.randint(self.vocab_size, (self.batch_size, self.seq_length))
         # Row i has i + 1 real tokens, then padding on the right.
         return self.get_config(), {"input_ids": input_ids, "attention_mask": input_ids.new_ones(input_ids.shape).tril()}
+
+
+FATHOM_CLASSES = (FathomModel, FathomForCausalLM, FathomForSequenceClassification, FathomForTokenClassification)
 
 
 def stock_config(name: str) -> transformers.PreTrainedConfig:
     return getattr(transformers, f"{name}Config")(**STOCK[name])
 
 
-def fathom_config(name: str, **more) -> FathomConfig:
-    return FathomConfig.from_dict({**stock_config(name).to_dict(), **more})
-
-
 def stock(name: str) -> ModelTester:
+    """transformers' model of a generation."""
     heads = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
     classes = [getattr(transformers, name + head) for head in heads if hasattr(transformers, name + head)]
     return ModelTester(classes, lambda: stock_config(name))
 
 
-FATHOM_CLASSES = (FathomModel, FathomForCausalLM, FathomForSequenceClassification, FathomForTokenClassification)
+def same_as_stock(name: str, **more) -> ModelTester:
+    """Fathom's model of the same generation; `more` are fields that transformers' configuration has not."""
+    return ModelTester(FATHOM_CLASSES, lambda: FathomConfig.from_dict({**stock_config(name).to_dict(), **more}))
 
 
-def fathom(make_config) -> ModelTester:
-    return ModelTester(FATHOM_CLASSES, make_config)
+def preset(generation: str, **fields) -> ModelTester:
+    """Fathom's model of a generation that transformers does not have."""
+    return ModelTester(FATHOM_CLASSES, lambda: FathomConfig.preset(generation, **{**COMMON, **fields}))
 
 
 def register_class_names() -> None:
