@@ -1,7 +1,7 @@
 # Two commands do all the set-up; what they need is Python >= 3.10 and an index to install from:
 #
 #   make demo    trains on this machine's own text and opens the chat; the second time it opens at once
-#   make test    runs the tests; `make lint` the style and the types
+#   make test    runs the tests; `make lint` the style and the types; `make upstream` transformers' own tests of models
 #
 # The virtual environment is .venv, made by uv where it is installed, else by venv and pip (`make demo UV=` asks
 # for pip). It is installed again only when pyproject.toml has changed. TORCH chooses the torch that is installed first:
@@ -26,12 +26,13 @@ make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet "p
 install = $(BIN)/python -m pip install
 endif
 
-.PHONY: help demo test lint
+.PHONY: help demo test upstream lint
 
 help:
 	@echo "make demo   train on this machine's own text, then chat at http://127.0.0.1:7860"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
+	@echo "make upstream   run transformers' own tests of models on Fathom's"
 
 demo: $(VENV)/.installed
 	$(BIN)/fathom quickstart
@@ -39,6 +40,10 @@ demo: $(VENV)/.installed
 # One torch thread per worker: more would fight over the cores that the workers already fill.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# The tests come with the source distribution of transformers, which pip fetches from the configured index.
+upstream: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope $(ARGS) tests/upstream
 
 # mypy needs a folder named like the package; the repository itself is the package.
 lint: $(VENV)/.installed-dev

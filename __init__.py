@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         FathomForSequenceClassification,
         FathomForTokenClassification,
         FathomModel,
+        register_deepseek,
     )
     from .training.trainer import FathomTrainer, RouterBiasCallback
 
@@ -28,6 +29,7 @@ _EXPORTS = {
     "FathomForCausalLM": ".modeling.modeling_fathom",
     "FathomForSequenceClassification": ".modeling.modeling_fathom",
     "FathomForTokenClassification": ".modeling.modeling_fathom",
+    "register_deepseek": ".modeling.modeling_fathom",
     "FathomTrainer": ".training.trainer",
     "RouterBiasCallback": ".training.trainer",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "FathomTrainer",
     "RouterBiasCallback",
     "__version__",
+    "register_deepseek",
 ]
 
 

@@ -226,7 +226,8 @@ class MultiHeadLatentAttention(FathomAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention in the cheaper of the two ways below. Returns [B, T, H * D_v] and weights."""
         # Without a mask several queries are causal (the prompt of a static cache), which SDPA knows and absorbing not.
-        absorbs = self.absorbing_pays(q_nope, latent) and (attention_mask is not None or q_nope.shape[2] == 1)
+        masked = attention_mask is not None or q_nope.shape[2] == 1
+        absorbs = masked and self.absorbing_pays(q_nope, latent) and self.knows_expansion()
         attend = self.absorbed_attention if absorbs else self.expanded_attention
         return attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
 
@@ -241,6 +242,14 @@ class MultiHeadLatentAttention(FathomAttention):
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
         return new_tokens * (2 * self.kv_lora_rank - expanded_width) < self.kv_lora_rank * expanded_width
+
+    def knows_expansion(self) -> bool:
+        """Whether `kv_b_proj` multiplies by its weight and no more, so that the product can be moved.
+
+        With an adapter (PEFT) or a quantised weight it does something else, and offloaded (accelerate) it has its
+        weight only while it is called.
+        """
+        return type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
 
     def expanded_attention(
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs

@@ -58,6 +58,14 @@ def cache_numbers(config) -> CacheSize:
     return sum((layer_cache_numbers(config, i) for i in range(config.num_hidden_layers)), CacheSize(0))
 
 
+def multi_head_cache_numbers(config) -> int:
+    """Numbers per token that plain multi-head attention of the same layers and heads keeps: all keys and values."""
+    expanded = config.uses("mla") or config.uses("dsa")
+    key_width = config.qk_nope_head_dim + config.qk_rope_head_dim if expanded else config.head_dim
+    value_width = config.v_head_dim if expanded else config.head_dim
+    return config.num_hidden_layers * config.num_attention_heads * (key_width + value_width)
+
+
 def cache_bytes_per_token(config, itemsize: int = 2) -> float:
     """Bytes that every token of the past holds in the cache of all layers, at `itemsize` bytes per number."""
     return float(cache_numbers(config).per_token * itemsize)
@@ -65,10 +73,11 @@ def cache_bytes_per_token(config, itemsize: int = 2) -> float:
 
 def released_cache_bytes_per_token(config) -> float:
     """The same in the number formats of DeepSeek's releases: V3.2 and V4 partly FP8 and FP4, all others bf16."""
-    return float(sum(_released_bytes(config, i) for i in range(config.num_hidden_layers)))
+    return float(sum(released_layer_bytes(config, i) for i in range(config.num_hidden_layers)))
 
 
-def _released_bytes(config, layer_idx: int) -> Fraction | int:
+def released_layer_bytes(config, layer_idx: int) -> Fraction | int:
+    """The same for `model.layers.{layer_idx}` alone."""
     kind, rotary = config.token_mixer(layer_idx), config.qk_rope_head_dim
     if kind == "dsa":
         quantised = config.kv_lora_rank + 4 * ceil(config.kv_lora_rank / 128) + 2 * rotary

@@ -20,7 +20,11 @@ entry is rotated by its block's first position, and visible from its block's las
 
 The indexer has small entries of its own, scores them and chooses among them as `indexing` says.
 
-Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places (`cache`).
+Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places
+(`compressed_cache`).
+
+`eager` attention is the definition. `sdpa` runs PyTorch's fused kernels (`sdpa_with_sinks`), a part of a long text at a
+time. Flash and flex attention take neither sinks nor places, and transformers refuses them.
 
 Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H heads, D head width, P rotary width.
 """
@@ -35,7 +39,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
-from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
+from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer
 from .indexing import (
     TrainableIndexer,
     best_of,
@@ -45,6 +49,7 @@ from .indexing import (
     indexer_report,
 )
 from .normalization import FathomRMSNorm
+from .precision import Float32Linear
 from .rotary import FathomRotaryEmbedding, apply_rotary
 
 logger = logging.get_logger(__name__)
@@ -53,12 +58,16 @@ logger = logging.get_logger(__name__)
 QUERIES_AT_ONCE = 256
 
 
-class GroupedLinear(nn.Linear):
-    """A linear map per group, [B, T, G, in] -> [B, T, G, out]; the weight is [G out, in], group after group."""
+class GroupedLinear(nn.Module):
+    """A linear map per group, [B, T, G, in] -> [B, T, G, out]; the weight is [G out, in], group after group.
+
+    No `nn.Linear`, which it is stored like: adapters and quantisers replace every one of those by a single product.
+    """
 
     def __init__(self, in_features: int, out_features: int, groups: int):
-        super().__init__(in_features, groups * out_features, bias=False)
+        super().__init__()
         self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
@@ -91,7 +100,7 @@ class Compressor(nn.Module):
         return torch.cat((self.kv_proj(hidden_states), self.gate_proj(hidden_states)), dim=-1)
 
     def forward(
-        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor
+        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor, most_blocks: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the blocks that are completed by tokens beyond a place.
 
@@ -99,11 +108,12 @@ class Compressor(nn.Module):
             contributions: [B, S, 2 D or 4 D], of the new tokens and of those before that may share blocks with them.
             places: [B, S].
             after: [B, 1], place of the newest token whose entries exist already.
+            most_blocks: as in `blocks`.
 
         Returns:
             Entries [B, M, D], not yet rotated, and their places [B, M]; NOWHERE where there is none.
         """
-        grid, places = blocks(contributions, places, self.block)  # [B, M, m, W], [B, M, m]
+        grid, places = blocks(contributions, places, self.block, most_blocks)  # [B, M, m, W], [B, M, m]
         values, gates = grid.float().chunk(2, dim=-1)
         # A block's missing tokens, those before its document's first included, have no weight.
         missing = (places == NOWHERE).unsqueeze(-1)
@@ -124,26 +134,31 @@ def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
     return places - positions + positions // block
 
 
-def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks(
+    tokens: torch.Tensor, places: torch.Tensor, block: int, most_blocks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts tokens into their blocks.
 
     Args:
         tokens: [B, S, W].
         places: [B, S].
         block: m.
+        most_blocks: M, for shapes that do not depend on places; of more blocks the newest are taken.
 
     Returns:
-        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. M is the
-        largest number of blocks that a row touches.
+        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Without
+        `most_blocks`, M is the largest number of blocks that a row touches; rows that touch fewer begin with empty
+        ones.
     """
     real = places != NOWHERE
     number = block_number(places, block)
     # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
     highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
     ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
-    count = max(int(ordinal.max()) + 1, 1)
-    # One slot more than there are takes the padding.
-    slot = torch.where(real, ordinal * block + places % DOCUMENT % block, count * block)
+    count = max(int(ordinal.max()) + 1, 1) if most_blocks is None else most_blocks
+    ordinal = ordinal - ordinal[:, -1:] + count - 1  # the newest block is the last
+    # One slot more than there are takes the rest.
+    slot = torch.where(real & (ordinal >= 0), ordinal * block + places % DOCUMENT % block, count * block)
     batch, _, width = tokens.shape
     grid = tokens.new_zeros(batch, count * block + 1, width)
     grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
@@ -168,11 +183,11 @@ def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) ->
 
 
 class IndexerScorer(nn.Module):
-    """Holds the weights of the indexer's heads, as transformers' layout has it."""
+    """The scores of `indexing`; the weights of the heads stand here in transformers' layout."""
 
     def __init__(self, config):
         super().__init__()
-        self.weights_proj = nn.Linear(config.hidden_size, config.index_n_heads, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, config.index_n_heads)
 
     def forward(self, query: torch.Tensor, entries: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, T, D], entries [B, N, D] and hidden states [B, T, d] -> fp32 scores [B, T, N]."""
@@ -230,6 +245,7 @@ class SlidingWindowAttention(FathomAttention):
         super().__init__(config, layer_idx)
         self.head_dim = config.head_dim
         self.window = config.sliding_window
+        self.o_groups = config.o_groups
         self.norm_eps = config.rms_norm_eps
         self.scaling = self.head_dim**-0.5
         query_width = self.num_heads * self.head_dim
@@ -264,8 +280,8 @@ class SlidingWindowAttention(FathomAttention):
 
         Args:
             hidden_states: [B, T, d].
-            places: [B, T], where the tokens stand (`cache.token_places`); this takes the part of an attention mask.
-            past_key_values: cache whose layer is a `CompressedCacheLayer`.
+            places: [B, T], where the tokens stand (`compressed_cache.token_places`); this takes the part of a mask.
+            past_key_values: a `FathomCache` whose layer is a `CompressedCacheLayer`.
             report_indexer: whether the output is to have the indexer's report, where there is an indexer.
 
         Returns:
@@ -278,7 +294,7 @@ class SlidingWindowAttention(FathomAttention):
         query = rotate_end(query, *rotation)  # [B, H, T, D]
         key = rotate_end(self.kv_norm(self.kv_proj(hidden_states)).unsqueeze(1), *rotation).squeeze(1)  # [B, T, D]
 
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
         after = torch.full_like(places[:, :1], NOWHERE)
         if layer is not None:
@@ -297,18 +313,21 @@ class SlidingWindowAttention(FathomAttention):
                 report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
             if self.index_dense:
                 chosen = visible
+        if past_key_values is not None:
+            past_key_values.release(self.layer_idx)
 
-        output, weights = self.attend_in_parts(query, places, keys, key_places, entries, chosen)
+        attend = self.attend_in_parts if self.parts_pay(query) else self.attend_with_sinks
+        output, weights = attend(query, places, keys, key_places, entries, chosen)
         if weights is None and kwargs.get("output_attentions"):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
             )
         cos, sin = rotation
         output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
-        output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
+        output = self.o_a_proj(output.unflatten(-1, (self.o_groups, -1))).flatten(2)
         return MixerOutput(self.o_b_proj(output), weights, report)
 
-    def attend_in_parts(
+    def attend_with_sinks(
         self,
         query: torch.Tensor,
         places: torch.Tensor,
@@ -317,9 +336,7 @@ class SlidingWindowAttention(FathomAttention):
         entries: torch.Tensor,
         chosen: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention to the window and to entries. SDPA gets a part of many queries at a time, and the keys it needs.
-
-        So neither products nor masks grow with T^2. `eager` is the definition, and has the weights of all at once.
+        """Attention to the keys of the window, to the chosen entries and to the sinks.
 
         Args:
             query: [B, H, T, D] at `places` [B, T].
@@ -330,21 +347,36 @@ class SlidingWindowAttention(FathomAttention):
         Returns:
             Output [B, H, T, D]; weights [B, H, T, S + N], None with SDPA.
         """
-        fused = self.config._attn_implementation == "sdpa"
-        attend = sdpa_with_sinks if fused else eager_with_sinks
+        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
+        visible = torch.cat(((distance >= 0) & (distance < self.window), chosen), dim=2)  # [B, T, S + N]
+        attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
         dropout = self.attention_dropout if self.training else 0.0
-        # Which keys a part needs depends on the data, which a compiled graph must not.
-        in_parts = fused and query.shape[2] > QUERIES_AT_ONCE and not torch.compiler.is_compiling()
+        return attend(query, torch.cat((keys, entries), dim=1), visible, self.sinks, self.scaling, dropout)
+
+    def parts_pay(self, query: torch.Tensor) -> bool:
+        """Whether a text is so long that it is read in parts. `eager` is the definition, and has all weights at once.
+
+        Nor does a compiled graph: which keys a part needs depends on the data.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
+
+    def attend_in_parts(
+        self, query, places, keys, key_places, entries, chosen
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same as `attend_with_sinks`, for some queries at a time and the keys near them.
+
+        So neither products nor masks grow with the square of T.
+        """
         outputs = []
-        for start in range(0, query.shape[2], QUERIES_AT_ONCE) if in_parts else (0,):
-            part = slice(start, start + QUERIES_AT_ONCE) if in_parts else slice(None)
-            near = reach(places[:, part], key_places, self.window) if in_parts else slice(None)
-            distance = places[:, part].unsqueeze(2) - key_places[:, near].unsqueeze(1)
-            visible = torch.cat(((distance >= 0) & (distance < self.window), chosen[:, part]), dim=2)
-            near_keys = torch.cat((keys[:, near], entries), dim=1)
-            output, weights = attend(query[:, :, part], near_keys, visible, self.sinks, self.scaling, dropout)
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            near = reach(places[:, part], key_places, self.window)
+            output, _ = self.attend_with_sinks(
+                query[:, :, part], places[:, part], keys[:, near], key_places[:, near], entries, chosen[:, part]
+            )
             outputs.append(output)
-        return torch.cat(outputs, dim=2), weights
+        return torch.cat(outputs, dim=2), None
 
     def contributions(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the new tokens contribute to entries, by compressor: {name: [B, T, W]}."""
@@ -360,8 +392,10 @@ class SlidingWindowAttention(FathomAttention):
         new: dict[str, torch.Tensor] = {}
         for name, compressor in self.compressors().items():
             contributions = streams[name]
-            entries, places = compressor(contributions, streams["places"][:, -contributions.shape[1] :], after)
-            first = (places % DOCUMENT - (compressor.block - 1)).clamp(min=0)
+            tokens, block = contributions.shape[1], compressor.block
+            most_blocks = None if layer is None else layer.most_blocks(tokens, block)
+            entries, places = compressor(contributions, streams["places"][:, -tokens:], after, most_blocks)
+            first = (places % DOCUMENT - (block - 1)).clamp(min=0)
             rotation = self.rotary_emb(entries, first)
             new[name] = rotate_end(entries.unsqueeze(1), *rotation).squeeze(1)
             new["places"] = places
@@ -370,7 +404,8 @@ class SlidingWindowAttention(FathomAttention):
     def visible_entries(self, places: torch.Tensor, entry_places: torch.Tensor) -> torch.Tensor:
         """Entries of the query's own document that are complete: bool [B, T, N]."""
         query, entry = places.unsqueeze(2), entry_places.unsqueeze(1)
-        return (entry <= query) & (entry >= query - query % DOCUMENT)
+        # A padding token stands NOWHERE as well; it must not see the gaps, whose number depends on other rows.
+        return (entry <= query) & (entry >= query - query % DOCUMENT) & (entry != NOWHERE)
 
     def choose(
         self,
@@ -485,7 +520,7 @@ def sdpa_with_sinks(
     # The sink's dimension, and zeros up to the next multiple of 8, which fused kernels on a GPU ask for.
     added = 8 - width % 8
     sink_query = (sinks / scaling).to(query.dtype).view(1, -1, 1, 1).expand(*query.shape[:-1], 1)
-    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D']
+    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D'], D' = D + added
     sink_key = (torch.arange(width + added, device=keys.device) == width).to(keys.dtype).expand(len(keys), 1, -1)
     keys = torch.cat((F.pad(keys, (0, added)), sink_key), dim=1).unsqueeze(1)  # [B, 1, S + 1, D']
     visible = F.pad(visible, (0, 1), value=True).unsqueeze(1)  # [B, 1, T, S + 1]

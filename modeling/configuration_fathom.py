@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .presets import GENERATIONS, OFFICIAL, SIZES, UNSAID
+from .official_config import read_official
+from .presets import GENERATIONS, OFFICIAL, SIZES
 
 COMPRESSED_MIXERS = ("swa", "csa", "hca")
 TOKEN_MIXERS = ("mha", "mla", "dsa", *COMPRESSED_MIXERS)
@@ -96,18 +97,6 @@ class FathomConfig(PreTrainedConfig):
     model_type = "fathom"
     keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "balance_loss", "expert_counts"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
-    base_model_tp_plan = {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -204,22 +193,13 @@ class FathomConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
-        unsaid = UNSAID.get(config_dict.get("model_type", ""))
-        if unsaid is None:
-            return super().from_dict(config_dict, **kwargs)
-        said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
-        # Kept, it would hide our own from transformers' search for a checkpoint layout.
-        del said["model_type"]
-        if unsaid["generation"] != "v4":  # V4's other names are read by the constructor
-            # transformers' own schedules; ours are `token_mixers` and `channel_mixers`.
-            said.pop("layer_types", None)
-            if kinds := said.pop("mlp_layer_types", None):
-                kinds = ["dense" if kind == "dense" else "moe" for kind in kinds]
-                said["channel_mixers"] = kinds + ["moe"] * said.get("num_nextn_predict_layers", 0)
-        if unsaid["generation"] in ("v3", "v3.2"):
-            # A leftover of V2 in V3's files; the training balanced by a bias and `seq_aux_loss_coef`.
-            said.pop("aux_loss_alpha", None)
-        return super().from_dict({**unsaid, **said}, **kwargs)
+        return super().from_dict(read_official(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        """As in transformers, which would warn of a DeepSeek `model_type` if it saw it."""
+        config_dict, rest = super().get_config_dict(*args, **kwargs)
+        return read_official(config_dict), rest
 
     @classmethod
     def preset(cls, generation: str, size: str = "nano", **overrides) -> "FathomConfig":
@@ -273,10 +253,45 @@ class FathomConfig(PreTrainedConfig):
         layers = range(self.num_hidden_layers + self.num_nextn_predict_layers)
         return any(kind in (self.token_mixer(i), self.channel_mixer(i)) for i in layers)
 
+    def drop_mtp_layers(self) -> None:
+        """Describes the same model without its MTP layers."""
+        for field in ("token_mixers", "channel_mixers"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                setattr(self, field, value[: self.num_hidden_layers])
+        self.num_nextn_predict_layers = 0
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers' tensor parallelism splits the modules that this model has. Attention is replicated."""
+        plan = {"embed_tokens": "embedding_rowwise"}
+        if self.uses("dense"):
+            plan |= _split_network("layers.*.mlp", self.mlp_gated)
+        if self.uses("moe") or self.uses("hash"):
+            plan |= {
+                "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+                "layers.*.mlp.experts.down_proj": "rowwise",
+                "layers.*.mlp.experts": "moe_tp_experts",
+            }
+            if self.n_shared_experts:
+                plan |= _split_network("layers.*.mlp.shared_experts", gated=True)
+        return plan
+
     @property
     def compresses(self) -> bool:
         """Whether tokens are mixed by windows and compressed entries (`swa`, `csa`, `hca`)."""
         return any(self.uses(kind) for kind in COMPRESSED_MIXERS)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers makes caches by, if there is a `sliding_window`; the other generations have none.
+
+        For windows it would make a static cache that is no longer than they are, and could not be told how many
+        entries to make room for. What the layers get in the end is said by `cache.adopt_cache`.
+        """
+        if not self.compresses:
+            raise AttributeError("only configurations with a sliding_window have layer_types")
+        return ["full_attention"] * self.num_hidden_layers
 
     def _read_v4_names(self, kwargs: dict) -> dict:
         """Takes what DeepSeek-V4's config.json, DeepSeek's or transformers', calls otherwise out of `kwargs`.
@@ -383,6 +398,11 @@ class FathomConfig(PreTrainedConfig):
             self._check_mha()
         if self.compresses:
             self._check_compressed()
+        elif self.sliding_window is not None:
+            # transformers' caches would forget all older tokens, which these layers look at.
+            raise ValueError(
+                f"sliding_window={self.sliding_window} is for swa, csa and hca layers; without them set it to None"
+            )
         if self.uses("dsa") or self.uses("csa"):
             self._check_indexer()
         if self.uses("dense"):
@@ -495,6 +515,12 @@ class FathomConfig(PreTrainedConfig):
                 f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
+
+
+def _split_network(name: str, gated: bool) -> dict[str, str]:
+    """The tensor-parallel plan of a feed-forward network: each rank has some of the inner dimensions."""
+    plan = {f"{name}.up_proj": "colwise", f"{name}.down_proj": "rowwise"}
+    return {f"{name}.gate_proj": "colwise", **plan} if gated else plan
 
 
 def _nearest(name: str, known) -> str:

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
 from .precision import KeepsFloat32Buffers
@@ -84,8 +85,7 @@ class ExpertRouter(KeepsFloat32Buffers):
     @torch.no_grad()
     def add_load(self, expert_counts: torch.Tensor) -> None:
         """Adds one forward's `expert_counts` [E] to the load that the next bias update looks at."""
-        # Reentrant checkpointing attaches the counts to its graph; kept so, they would keep the graph in memory.
-        expert_counts = expert_counts.detach()
+        expert_counts = expert_counts.float()  # what is averaged and reduced over ranks
         self.expert_load = expert_counts if self.expert_load is None else self.expert_load + expert_counts
 
 
@@ -181,7 +181,8 @@ class RoutedExperts(nn.Module):
     """E SwiGLU experts as two 3-D parameters, so that one kernel can run them all.
 
     `forward` is the readable reference (`experts_implementation="eager"`); transformers' decorator dispatches to
-    its grouped matrix product otherwise. On disk every expert has tensors of its own (see `modeling_fathom`).
+    the others: `sorted_mm` below, its own grouped products. On disk every expert has tensors of its own (see
+    `conversion`).
     """
 
     def __init__(self, config):
@@ -210,42 +211,37 @@ class RoutedExperts(nn.Module):
         gate, up = gate_up.chunk(2, dim=-1)
         return gated_activation(gate, up, self.act_fn, self.swiglu_limit)
 
-    def forward_sorted(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The same as `forward`, with the tokens of an expert side by side. The fast way on a CPU.
 
-        A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
-        it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
-        each expert.
-        """
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-        order = indices.flatten().argsort()  # [N K], slots by expert
-        counts = indices.flatten().bincount(minlength=self.num_experts).tolist()
-        token = order // indices.shape[1]
-        grouped = hidden_states.to(dtype)[token].split(counts)
-        # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.
-        weights = weights.to(dtype).flatten()[order, None].split(counts)
-        gate_ups, downs = self.gate_up_proj.to(dtype).unbind(), self.down_proj.to(dtype).unbind()
-        outputs = []
-        for expert, count in enumerate(counts):
-            if count:
-                inner = self._apply_gate(F.linear(grouped[expert], gate_ups[expert]))
-                outputs.append(F.linear(inner * weights[expert], downs[expert]))
-        return torch.zeros_like(hidden_states).index_add(0, token, torch.cat(outputs).to(hidden_states.dtype))
+def sorted_mm_experts_forward(
+    experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way on a CPU.
 
-
-class DeviceAwareExperts(RoutedExperts):
-    """Routed experts that sort on a CPU where grouped products are configured.
-
-    Chosen inside the module's own call: PEFT wraps it, tensor and expert parallelism hang hooks on it.
+    A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
+    it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
+    each expert.
     """
+    # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
+    if experts._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel():
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    order = indices.flatten().argsort()  # [N K], slots by expert
+    counts = indices.flatten().bincount(minlength=experts.num_experts).tolist()
+    token = order // indices.shape[1]
+    grouped = hidden_states.to(dtype)[token].split(counts)
+    # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.
+    weights = weights.to(dtype).flatten()[order, None].split(counts)
+    gate_ups, downs = experts.gate_up_proj.to(dtype).unbind(), experts.down_proj.to(dtype).unbind()
+    outputs = []
+    for expert, count in enumerate(counts):
+        if count:
+            inner = experts._apply_gate(F.linear(grouped[expert], gate_ups[expert]))
+            outputs.append(F.linear(inner * weights[expert], downs[expert]))
+    return torch.zeros_like(hidden_states).index_add(0, token, torch.cat(outputs).to(hidden_states.dtype))
 
-    def forward(self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        grouped = self.config._experts_implementation == "grouped_mm"
-        # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
-        special = self._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel()
-        if grouped and hidden_states.device.type == "cpu" and not special:
-            return self.forward_sorted(hidden_states, indices, weights)
-        return super().forward(hidden_states, indices, weights)
+
+ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
 
 
 def _fuse_experts(module: RoutedExperts, state_dict: dict, prefix: str, *_) -> None:
@@ -270,11 +266,15 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config, layer_idx: int = 0):
         super().__init__()
+        # Not read from `gate`: an adapter may stand in its place.
+        self.num_experts = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.affinities = SCORING[config.scoring_func]
         self.seq_aux_loss_coef = config.seq_aux_loss_coef
         self.aux_loss_alpha = config.aux_loss_alpha
         self.seq_aux = config.seq_aux
         self.gate = self.make_router(config, layer_idx)
-        self.experts = DeviceAwareExperts(config)
+        self.experts = RoutedExperts(config)
         self.shared_experts = (
             FeedForward(config, config.moe_intermediate_size * config.n_shared_experts)
             if config.n_shared_experts
@@ -298,7 +298,7 @@ class MixtureOfExperts(nn.Module):
             input_ids: [B, T], what a hash router routes by.
 
         Returns:
-            Output [B, T, d]; tokens per expert [E] (fp32); weighted balance losses, in training only.
+            Output [B, T, d]; tokens per expert [E]; weighted balance losses, in training only.
         """
         tokens = hidden_states.flatten(0, 1)  # [N, d]
         logits, weights, indices = self.gate(tokens, None if input_ids is None else input_ids.flatten())
@@ -308,10 +308,10 @@ class MixtureOfExperts(nn.Module):
 
         batch = hidden_states.shape[0]
         indices = indices.unflatten(0, (batch, -1))
-        counts = count_tokens(indices, self.gate.num_experts, token_mask).sum(dim=0)
+        counts = count_tokens(indices, self.num_experts, token_mask).sum(dim=0).long()
         balance_loss = None
         if self.training and (self.seq_aux_loss_coef or self.aux_loss_alpha):
-            scores = self.gate.affinities(logits).unflatten(0, (batch, -1))
+            scores = self.affinities(logits).unflatten(0, (batch, -1))
             balance_loss = self.balance_loss(scores, indices, token_mask)
         return output, counts, balance_loss
 
@@ -321,7 +321,7 @@ class MixtureOfExperts(nn.Module):
         """The weighted losses that are switched on, for affinities [B, T, E] and chosen experts [B, T, K]."""
         loss = scores.new_zeros(())
         if self.seq_aux_loss_coef:
-            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.gate.top_k, token_mask)
+            loss = loss + self.seq_aux_loss_coef * sequence_balance_loss(scores, self.top_k, token_mask)
         if self.aux_loss_alpha:
             if not self.seq_aux:  # the whole batch as one sequence
                 scores, indices = scores.flatten(0, 1).unsqueeze(0), indices.flatten(0, 1).unsqueeze(0)

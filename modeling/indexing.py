@@ -22,8 +22,9 @@ Shapes: B batch, T queries, S keys, H attention heads, J indexer heads, D a head
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from .precision import Float32Linear
 
 # Products of queries and keys held at a time, over all heads: 64 MiB.
 PRODUCTS_AT_ONCE = 2**24
@@ -43,11 +44,9 @@ class TrainableIndexer(nn.Module):
 REPORT = ("loss", "chooses", "recall", "mass", "recent_recall", "recent_mass", "random")
 
 
-def head_weights(projection: nn.Linear, hidden_states: torch.Tensor, head_dim: int) -> torch.Tensor:
+def head_weights(projection: Float32Linear, hidden_states: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Weights of the J indexer heads, in fp32 also under autocast: hidden states [B, T, d] -> [B, T, J]."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        weights = F.linear(hidden_states.float(), projection.weight.float())
-    return weights * (projection.out_features * head_dim) ** -0.5
+    return projection(hidden_states) * (projection.out_features * head_dim) ** -0.5
 
 
 def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

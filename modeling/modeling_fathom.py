@@ -4,7 +4,7 @@
                                                                                \\-> MTP layers -> later tokens
 
 What a layer mixes by is said by the config (`configuration_fathom`) and composed in `decoder_layer`. This file
-is the frame: embedding, loop over the layers, heads, losses, checkpoint layout and registration.
+is the frame: embedding, loop over the layers, heads, losses and registration.
 
 Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers with experts.
 """
@@ -21,24 +21,26 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
-from .cache import adopt_cache, token_places
-from .compressed_attention import Compressor, SlidingWindowAttention
+from .cache import adopt_cache
+from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
+from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
+from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
@@ -47,10 +49,11 @@ from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
+from .presets import UNSAID
 from .rotary import FathomRotaryEmbedding, sinusoidal_positions
 
 
-class FathomPreTrainedModel(PreTrainedModel):
+class FathomPreTrainedModel(OfficialCheckpoints):
     config: FathomConfig
     config_class = FathomConfig
     base_model_prefix = "model"
@@ -75,10 +78,10 @@ class FathomPreTrainedModel(PreTrainedModel):
             self._supports_flash_attn = self._supports_flex_attn = False
         if config.compresses:
             # Only eager and SDPA attention know about sinks, places and entries (`compressed_attention`).
-            self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
+            self._supports_flash_attn = self._supports_flex_attn = False
+        if config.topk_method != "noaux_tc" or not config.uses("moe"):
+            self._keep_in_fp32_modules_strict = []  # no routing bias
         super().__init__(config, *args, **kwargs)
-        # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
-        self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -98,7 +101,8 @@ class FathomPreTrainedModel(PreTrainedModel):
                 if isinstance(module, TrainableIndexer):
                     module.requires_grad_(False)
 
-    # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
+    # transformers decides both by searching the text of this file, for `@use_experts_implementation` and the call of
+    # its attention interface; they stand in `experts` and `attention`.
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
@@ -108,10 +112,15 @@ class FathomPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The loop over experts where grouped matrix products cannot run: their rows must fill whole 16 bytes."""
-        config = self.config
-        if requested_experts is None and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
-            requested_experts = "eager"
+        """By default products of sorted tokens on a CPU, and on an accelerator transformers' grouped product.
+
+        Where rows do not fill whole 16 bytes, which a grouped product needs, the loop over experts.
+        """
+        if requested_experts is None:
+            if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
+                requested_experts = "eager"
+            elif not torch.accelerator.is_available():
+                requested_experts = "sorted_mm"
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
@@ -124,6 +133,8 @@ class FathomPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.e_score_correction_bias)
             elif isinstance(module, HashRouter):
                 module.reset_table()
+        elif isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RoutedExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -154,10 +165,11 @@ class FathomPreTrainedModel(PreTrainedModel):
 
         Returns:
             The load [routers, E] that was used, or None if the model has no router. A router that counted nothing
-            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. Greedy routers and hash
+            (that of an MTP layer, where no labels were given) has load 0 and its bias stays. So does that of a frozen
+            router: what is trained beside it, adapters for example, is saved without it. Greedy routers and hash
             routers have no bias; their load is reported all the same.
         """
-        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
+        routers = self.routers()
         if not routers:
             return None
         # Zeros instead of an early return: on another rank the same router may have counted.
@@ -172,18 +184,26 @@ class FathomPreTrainedModel(PreTrainedModel):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            # A layer that is frozen keeps its routing.
             if isinstance(router, TopKRouter) and router.weight.requires_grad:
                 router.update_bias(router_load, self.config.router_bias_update_speed, self.config.router_bias_recenter)
             router.expert_load = None
         return load
+
+    def routers(self) -> list[ExpertRouter]:
+        """All routers in the order of the layers; of one that PEFT trains as a copy (`modules_to_save`) the copy."""
+        return [
+            module
+            for name, module in self.named_modules()
+            if isinstance(module, ExpertRouter) and not name.endswith(".original_module")
+        ]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters, from shapes alone (works on the meta device).
 
         Returns:
             `total`: all, without MTP layers, as DeepSeek reports it. `active`: those that one token uses, embedding
-            and head included. `embedding`: embedding and head. `mtp`: MTP layers.
+            and head included; from V2 on DeepSeek leaves the input embedding out (V3: 36.6 B, printed as 37 B, of
+            37.6 B). `embedding`: embedding and head. `mtp`: MTP layers.
         """
         unused = mtp = 0
         first_mtp = self.config.num_hidden_layers
@@ -233,7 +253,7 @@ class FathomModel(FathomPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FathomModelOutput:
         """Runs the main layers.
 
@@ -251,14 +271,13 @@ class FathomModel(FathomPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if past_key_values is not None and self.config.compresses:
+        if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-            if self.config.compresses:
-                adopt_cache(past_key_values, self.config)
+            adopt_cache(past_key_values, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
@@ -301,7 +320,8 @@ class FathomModel(FathomPreTrainedModel):
 
         Returns:
             `position_ids` [B, T] and `token_mask` [B, T]; and by the kind of token mixers either
-            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents (see `cache`).
+            `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents
+            (see `compressed_cache`).
         """
         length = inputs_embeds.shape[1]
         token_mask = None
@@ -311,9 +331,12 @@ class FathomModel(FathomPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
-            if attention_mask is not None and token_mask is not None and attention_mask.shape[1] == past + length:
-                # Positions count from the first real token, so that a padded row is what it is alone.
-                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+            if attention_mask is not None and token_mask is not None:
+                # Positions count from the first real token, so that a padded row is what it is alone; unless the mask
+                # is that of the new tokens alone. (A static cache's length is a tensor, which no branch may depend on.)
+                whole = torch.as_tensor(attention_mask.shape[1] - length == past, device=inputs_embeds.device)
+                counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+                position_ids = torch.where(whole, counted, position_ids)
         shared = {"position_ids": position_ids, "token_mask": token_mask}
         if self.config.compresses:
             if attention_mask is not None and token_mask is None:
@@ -366,6 +389,27 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.learns_to_select = bool(config.indexer_loss_coef) and (config.uses("dsa") or config.uses("csa"))
         self.post_init()
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """As in transformers. The cache becomes ours before anything is asked of it."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            adopt_cache(cache, self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """No shapes for transformers to fill a static cache with: layers start with their first tokens."""
+        return
+
+    def create_masks_for_generate(
+        self, config: FathomConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor | None:
+        """The mask that a step with a static cache gets: causal, or for places which of the new tokens are real."""
+        if config.compresses:
+            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -378,7 +422,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FathomCausalLMOutput:
         """Predicts the next token at every position.
 
@@ -497,19 +541,14 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        routers = [module for module in self.modules() if isinstance(module, ExpertRouter)]
-        for router, counts in zip(routers, expert_counts, strict=False):
+        for router, counts in zip(self.routers(), expert_counts, strict=False):
             router.add_load(counts)
 
 
 def _classifier_config(config: FathomConfig) -> FathomConfig:
     """A classifier predicts no tokens, and has no loss for MTP layers and indexers."""
     config = copy.deepcopy(config)
-    for field in ("token_mixers", "channel_mixers"):
-        value = getattr(config, field)
-        if isinstance(value, list):
-            setattr(config, field, value[: config.num_hidden_layers])
-    config.num_nextn_predict_layers = 0
+    config.drop_mtp_layers()
     config.indexer_loss_coef = 0.0
     return config
 
@@ -577,21 +616,26 @@ def _register() -> None:
         model_class.register_for_auto_class(auto_class.__name__)
     # Trainer's label smoothing shifts labels only for class names in this table.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fathom"] = "FathomForCausalLM"
-    # DeepSeek's layout on disk, one tensor per expert matrix, from and to the fused parameters in memory.
-    register_checkpoint_conversion_mapping(
-        "fathom",
-        [
-            WeightConverter(
-                ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-                "mlp.experts.gate_up_proj",
-                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-            ),
-            WeightConverter(
-                "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]
-            ),
-        ],
-        overwrite=True,
-    )
+
+
+def register_deepseek() -> None:
+    """Lets transformers' Auto classes make Fathom models of DeepSeek's own checkpoints.
+
+    After it, `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the classifiers read folders of the types
+    `deepseek`, `deepseek_v2`, `deepseek_v3`, `deepseek_v32` and `deepseek_v4`. It holds for the whole process, so
+    nothing calls it by itself; transformers' classes can still be used by their names.
+    """
+    for model_type in UNSAID:
+        reader = type("DeepseekConfigReader", (_DeepseekConfigReader,), {"model_type": model_type})
+        AutoConfig.register(model_type, reader, exist_ok=True)
+
+
+class _DeepseekConfigReader(PreTrainedConfig):
+    """Stands for a DeepSeek `model_type` in `AutoConfig`, and reads it as a `FathomConfig`."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        return FathomConfig.from_dict(config_dict, **kwargs)
 
 
 _register()
@@ -603,4 +647,5 @@ __all__ = [
     "FathomForTokenClassification",
     "FathomModel",
     "FathomPreTrainedModel",
+    "register_deepseek",
 ]

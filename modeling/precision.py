@@ -1,6 +1,19 @@
 """Numbers that must stay in fp32 whatever dtype the model is cast to."""
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class Float32Linear(nn.Linear):
+    """A linear map without bias that is computed in fp32, also under autocast and with a weight of another dtype."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
 
 
 class KeepsFloat32Buffers(nn.Module):

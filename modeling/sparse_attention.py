@@ -36,6 +36,7 @@ from .indexing import (
     index_scores,
     indexer_report,
 )
+from .precision import Float32Linear
 from .rotary import apply_rotary
 
 
@@ -50,7 +51,7 @@ class LightningIndexer(TrainableIndexer):
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, self.n_heads)
 
     def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Hidden states [B, T, d] -> keys [B, 1, T, D]."""
@@ -138,7 +139,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         Then reading them alone saves products and memory traffic alike. `eager` is the reference and never gathers.
         """
-        return q_nope.shape[2] * self.index_topk < latent.shape[2] and self.config._attn_implementation == "sdpa"
+        if self.config._attn_implementation != "sdpa" or not self.knows_expansion():
+            return False
+        return q_nope.shape[2] * self.index_topk < latent.shape[2]
 
     def gathered_attention(
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs

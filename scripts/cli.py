@@ -20,6 +20,9 @@ VERBS = {
     "sft": "teach a pretrained model to answer questions",
     "generate": "continue one prompt, streaming to the terminal",
     "chat": "talk to a model in the browser",
+    "inspect": "say what a checkpoint is, from its headers alone",
+    "serve": "an OpenAI-compatible API for a model",
+    "export": "write a model as transformers' own DeepSeek classes or DeepSeek's releases have it",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
 

@@ -27,8 +27,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +181,12 @@ def _is_no_space(error: BaseException | None) -> bool:
     return False
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
+def check_checkpoint(folder: Path, model_types: Sequence[str] = (MODEL_TYPE,)) -> dict[str, Any]:
     """Checks that `folder` holds a whole Fathom model, reading no more than the headers of its weights.
 
     Args:
         folder: folder of `config.json` and `model.safetensors`, or shards with their index.
+        model_types: what its config.json may say to be.
 
     Returns:
         The content of `config.json`.
@@ -193,24 +195,36 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         UserError: the folder or a file of it is missing, truncated, damaged or of another architecture.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(_missing(folder))
-    if not (folder / CONFIG).is_file():
-        newest = _newest(folder)
-        raise UserError(f"{folder} has no {CONFIG}: {f'did you mean {newest}?' if newest else 'it holds no model'}")
-    config = _read_json(folder / CONFIG)
-    if config.get("model_type") != MODEL_TYPE:
-        raise UserError(
-            f"{folder} is a checkpoint of model_type {config.get('model_type')!r}; Fathom loads {MODEL_TYPE!r}"
-        )
-    for file, names in _expected_tensors(folder).items():
-        missing = sorted(names - _tensor_names(file))
+    config = read_config(folder)
+    if config.get("model_type") not in model_types:
+        known = ", ".join(map(repr, model_types))
+        raise UserError(f"{folder} is a checkpoint of model_type {config.get('model_type')!r}; Fathom loads {known}")
+    files = weight_files(folder)
+    absent = sorted(file.name for file in files if not file.is_file())
+    if absent:
+        raise UserError(f"{folder} lacks {len(absent)} of {len(files)} weight files: {', '.join(absent)}")
+    for file, names in files.items():
+        missing = sorted(names - read_header(file).keys())
         if missing:
             raise UserError(
                 f"{file} lacks {len(missing)} of the tensors that {WEIGHTS_INDEX} lists, first {missing[0]}: save or "
                 "download the model again"
             )
     return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`, of whatever model.
+
+    Raises:
+        UserError: the folder or the file is missing, or is no JSON.
+    """
+    if not folder.is_dir():
+        raise UserError(_missing(folder))
+    if not (folder / CONFIG).is_file():
+        newest = _newest(folder)
+        raise UserError(f"{folder} has no {CONFIG}: {f'did you mean {newest}?' if newest else 'it holds no model'}")
+    return _read_json(folder / CONFIG)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -281,8 +295,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _expected_tensors(folder: Path) -> dict[Path, set[str]]:
-    """The weight files of a folder, in transformers' order of preference, each with the tensors it must hold."""
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The weight files that a folder must have, in transformers' order of preference, each with its tensors' names.
+
+    One file alone lists its tensors itself: its set is empty. Files of an index may be missing on disk.
+
+    Raises:
+        UserError: there is neither a weight file nor an index, or the index is damaged.
+    """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: set()}
     if not (folder / WEIGHTS_INDEX).is_file():
@@ -293,14 +313,15 @@ def _expected_tensors(folder: Path) -> dict[Path, set[str]]:
     shards: dict[Path, set[str]] = {}
     for tensor, shard in weight_map.items():
         shards.setdefault(folder / str(shard), set()).add(tensor)
-    absent = sorted(shard.name for shard in shards if not shard.is_file())
-    if absent:
-        raise UserError(f"{folder} lacks {len(absent)} of {len(shards)} weight files: {', '.join(absent)}")
     return shards
 
 
-def _tensor_names(file: Path) -> set[str]:
-    """Names of the tensors in a safetensors file whose size is what its header promises."""
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file: `dtype`, `shape` and `data_offsets` of every tensor, by name.
+
+    Raises:
+        UserError: the file is not as long as its header promises, or is no safetensors file.
+    """
     size = file.stat().st_size
     again = "save or download the model again"
     with file.open("rb") as stream:
@@ -313,13 +334,16 @@ def _tensor_names(file: Path) -> set[str]:
         try:
             header = json.loads(stream.read(end_of_header - 8))
             header.pop("__metadata__", None)
-            expected = end_of_header + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            # All three must be there: callers rely on them.
+            entries = map(itemgetter("dtype", "shape", "data_offsets"), header.values())
+            ends = [end for _, _, (_, end) in entries]
+            expected = end_of_header + max(ends, default=0)
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file} is damaged: its header is no safetensors header; {again}") from error
     if size != expected:
         state = "truncated" if size < expected else "damaged"
         raise UserError(f"{file} is {state}: {expected} bytes expected, {size} found; {again}")
-    return set(header)
+    return header
 
 
 def load_model(
@@ -347,7 +371,7 @@ def load_model(
     from ..modeling.modeling_fathom import FathomForCausalLM
 
     cls = model_class or FathomForCausalLM
-    folder = _local_folder(path_or_id)
+    folder = local_folder(path_or_id)
     check_checkpoint(folder)
     try:
         config = cls.config_class.from_pretrained(folder, **(changes or {}))
@@ -387,7 +411,7 @@ def load_tokenizer(path_or_id: str) -> "PreTrainedTokenizerFast":
     # Not AutoTokenizer: it would look into config.json first and ask whether to run the code of a pushed model.
     from transformers import PreTrainedTokenizerFast
 
-    folder = _local_folder(path_or_id)
+    folder = local_folder(path_or_id)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: save a tokenizer there (fathom tokenizer --out FOLDER)")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -399,20 +423,32 @@ def load_tokenizer(path_or_id: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _local_folder(path_or_id: str) -> Path:
+def local_folder(path_or_id: str) -> Path:
     """The folder itself, or the local copy of a Hub repository, downloaded when it is not there yet."""
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if not is_hub_id(path_or_id):
         return path
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(path_or_id):
+        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
+
+
+def is_hub_id(path_or_id: str) -> bool:
+    """Whether it names a repository on the Hub, being no folder here.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return False
     if path.exists():
         raise UserError(f"{path} is a file; give the folder that holds {CONFIG} and the weights")
     # `runs/pretrian` is a Hub id by its form; where a folder `runs` exists it is a slip in a path.
     if path.parent.is_dir() or not _HUB_ID.fullmatch(str(path_or_id)):
         raise UserError(_missing(path))
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(path_or_id):
-        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
+    return True
 
 
 @contextmanager

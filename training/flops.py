@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..modeling.attention import FathomAttention
+from ..modeling.compressed_attention import GroupedLinear
 from ..modeling.experts import ExpertRouter, RoutedExperts
 from ..modeling.hyper_connections import HyperConnection, StreamCollapse
 from ..modeling.indexing import TrainableIndexer
@@ -33,7 +34,7 @@ def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     matrices = 0
     attention = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear | ExpertRouter):
+        if isinstance(module, nn.Linear | GroupedLinear | ExpertRouter):
             matrices += module.weight.numel()
         elif isinstance(module, RoutedExperts):
             experts = module.gate_up_proj.numel() + module.down_proj.numel()

@@ -3,7 +3,12 @@
 import pytest
 
 from fathom import FathomConfig
-from fathom.modeling.cache_size import cache_bytes_per_token, cache_numbers, released_cache_bytes_per_token
+from fathom.modeling.cache_size import (
+    cache_bytes_per_token,
+    cache_numbers,
+    multi_head_cache_numbers,
+    released_cache_bytes_per_token,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,11 @@ def test_only_layers_with_windows_hold_more_than_the_past() -> None:
     assert cache_numbers(FathomConfig.preset("v3-671b")).window == 0
     v4 = FathomConfig.preset("v4", num_hidden_layers=1, num_nextn_predict_layers=0, token_mixers="swa")
     assert cache_numbers(v4) == (0, (v4.sliding_window - 1) * v4.head_dim)
+
+
+def test_plain_attention_keeps_all_keys_and_values() -> None:
+    """Compared with itself, multi-head attention saves nothing; V2-Lite's 16 heads have keys of 192, values of 128."""
+    moe = FathomConfig.preset("moe-16b")
+    assert multi_head_cache_numbers(moe) == cache_numbers(moe).per_token
+    assert multi_head_cache_numbers(FathomConfig.preset("v2-lite")) == 27 * 16 * (192 + 128)
+    assert multi_head_cache_numbers(FathomConfig.preset("v4-flash")) == 43 * 64 * 2 * 512

@@ -32,6 +32,7 @@ from fathom import (
 )
 
 EXPERTS = 4
+GENERATIONS = ["classic", "moe", "v2", "v3", "v3.2", "v4"]
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -127,7 +128,7 @@ def test_tensor_names_are_the_official_ones(tmp_path):
 
 @pytest.mark.parametrize("rope", [None, YARN], ids=["rope", "yarn"])
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("generation", ["v3", "v4"])
+@pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
 def test_round_trip_is_exact(tmp_path, generation, shards, rope):
     saved = model(generation, rope_parameters=rope, num_nextn_predict_layers=2)
     saved.save_pretrained(tmp_path, max_shard_size="100KB" if shards else "5GB")
@@ -154,37 +155,41 @@ def test_yarn_frequencies_after_loading_are_yarns(tmp_path):
 
 
 def test_tensor_names_of_v4(tmp_path):
-    """transformers' names in memory, experts one by one; V4's MTP layer continues their scheme. Layer 3 is `hca`."""
+    """DeepSeek's own names for V4. Layer 0 routes by token id, layer 2 is `csa`, layer 3 is `hca`."""
     model("v4", num_hidden_layers=4).save_pretrained(tmp_path)
-    attention = [f"self_attn.{name}_proj.weight" for name in ("q_a", "q_b", "kv", "o_a", "o_b")]
-    attention += ["self_attn.q_a_norm.weight", "self_attn.kv_norm.weight", "self_attn.sinks"]
-    compressor = ["kv_proj.weight", "gate_proj.weight", "position_bias", "kv_norm.weight"]
-    indexer = [*compressor, "q_b_proj.weight", "scorer.weights_proj.weight"]
-    streams = [f"{site}_hc.{name}" for site in ("attn", "ffn") for name in ("fn", "base", "scale")]
-    head = [f"hc_head.hc_{name}" for name in ("fn", "base", "scale")]
-    experts = [name for name in MOE if name != "mlp.gate.e_score_correction_bias"]
-    common = [*attention, *streams, *NORMS, *experts]
+    streams = [f"hc_{site}_{name}" for site in ("attn", "ffn") for name in ("fn", "base", "scale")]
+    head = [f"hc_head_{name}" for name in ("fn", "base", "scale")]
+    attention = [f"attn.{name}.weight" for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")]
+    networks = ["shared_experts", *(f"experts.{expert}" for expert in range(EXPERTS))]
+    experts = ["ffn.gate.weight", *(f"ffn.{network}.{w}.weight" for network in networks for w in ("w1", "w2", "w3"))]
+    common = [*attention, *streams, *experts, "attn.attn_sink", "attn_norm.weight", "ffn_norm.weight"]
+    compressor = ["compressor.ape", "compressor.wkv.weight", "compressor.wgate.weight", "compressor.norm.weight"]
+    indexer = ["indexer.wq_b.weight", "indexer.weights_proj.weight", *(f"indexer.{name}" for name in compressor)]
 
-    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *(f"model.{name}" for name in head)}
-    for layer in range(5):
-        choice = "mlp.gate.tid2eid" if layer == 0 else "mlp.gate.e_score_correction_bias"
-        expected |= {f"model.layers.{layer}.{name}" for name in [*common, choice]}
+    expected = {"embed.weight", "norm.weight", "head.weight", *head}
+    for layer in range(4):
+        choice = "ffn.gate.tid2eid" if layer == 0 else "ffn.gate.bias"
+        expected |= {f"layers.{layer}.{name}" for name in [*common, choice]}
     for layer in (2, 3):
-        expected |= {f"model.layers.{layer}.self_attn.compressor.{name}" for name in compressor}
-    expected |= {f"model.layers.2.self_attn.compressor.indexer.{name}" for name in indexer}
-    mtp = ["enorm.weight", "hnorm.weight", "e_proj.weight", "h_proj.weight", "shared_head.norm.weight", *head]
-    expected |= {f"model.layers.4.{name}" for name in mtp}
+        expected |= {f"layers.{layer}.attn.{name}" for name in compressor}
+    expected |= {f"layers.2.attn.{name}" for name in indexer}
+    mtp = ["enorm.weight", "hnorm.weight", "e_proj.weight", "h_proj.weight", "norm.weight", *head, "ffn.gate.bias"]
+    expected |= {f"mtp.0.{name}" for name in [*common, *mtp]}
     assert names_on_disk(tmp_path) == expected
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes["layers.1.ffn.experts.3.w1.weight"] == (32, 64)
+    assert shapes["layers.1.ffn.experts.3.w2.weight"] == (64, 32)
 
 
-def test_load_state_dict_reads_experts_one_by_one(tmp_path):
-    """Trainer reads the file itself to resume: without fusing, the experts would silently stay as they were."""
-    saved, other = model(), model()
+@pytest.mark.parametrize("model_class", [FathomForCausalLM, FathomModel, FathomForSequenceClassification])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_load_state_dict_reads_what_is_on_disk(tmp_path, generation, model_class):
+    """Trainer reads the file itself to resume: a name that is not understood would silently keep the old weights."""
+    saved, other = (model_class(config(generation)) for _ in range(2))
     for parameter in other.parameters():
         parameter.data.normal_()
     saved.save_pretrained(tmp_path)
-    per_expert = load_file(tmp_path / "model.safetensors")
-    missing, unexpected = other.load_state_dict(per_expert, strict=True)
+    missing, unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     assert not missing
     assert not unexpected
     assert_same_state(saved, other)
@@ -199,12 +204,15 @@ class Documents(Dataset):
         return {"input_ids": row, "labels": row}
 
 
-class MoveRouterBias(TrainerCallback):
+class Callbacks(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.update_router_bias()
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_age"] = -state.global_step
 
-def train(folder: Path, steps: int, resume: Path | None = None, **overrides) -> FathomForCausalLM:
+
+def train(generation: str, folder: Path, steps: int, resume: Path | None = None, **overrides) -> FathomForCausalLM:
     settings = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -220,35 +228,40 @@ def train(folder: Path, steps: int, resume: Path | None = None, **overrides) -> 
     }
     arguments = TrainingArguments(**{**settings, **overrides})
     trainer = Trainer(
-        model(), arguments, train_dataset=Documents(), eval_dataset=Documents(), callbacks=[MoveRouterBias()]
+        model(generation), arguments, train_dataset=Documents(), eval_dataset=Documents(), callbacks=[Callbacks()]
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.model
 
 
-def test_resume_restores_experts(tmp_path):
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_resume_restores_everything(tmp_path, generation):
     """Two steps, a new process' model, two more: bit by bit the weights of four steps in one go."""
-    uninterrupted = train(tmp_path / "whole", 4)
-    train(tmp_path / "half", 2)
-    resumed = train(tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2")
+    uninterrupted = train(generation, tmp_path / "whole", 4)
+    train(generation, tmp_path / "half", 2)
+    resumed = train(generation, tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2")
     assert_same_state(uninterrupted, resumed)
     assert_same_state(resumed, FathomForCausalLM.from_pretrained(tmp_path / "half" / "checkpoint-4"))
 
 
-def test_best_model_is_restored_with_its_experts(tmp_path):
-    """Looking for the highest loss, so that the first checkpoint is the best one."""
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_best_model_is_restored(tmp_path, generation):
+    """The first checkpoint counts as the best one."""
     restored = train(
+        generation,
         tmp_path,
         4,
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_age",
         greater_is_better=True,
     )
     assert_same_state(restored, FathomForCausalLM.from_pretrained(tmp_path / "checkpoint-2"))
     last = FathomForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    assert not torch.equal(last.model.layers[1].mlp.experts.down_proj, restored.model.layers[1].mlp.experts.down_proj)
+    trained = [name for name, parameter in last.named_parameters() if parameter.requires_grad]
+    best, newest = restored.state_dict(), last.state_dict()
+    assert not [name for name in trained if torch.equal(best[name], newest[name])]
 
 
 def test_copies_of_embedding_and_head_in_an_mtp_layer_are_ignored_quietly(tmp_path, caplog, monkeypatch):

@@ -227,25 +227,76 @@ def test_official_config_json_is_the_official_preset(tmp_path: Path):
     assert mine == official
 
 
-PUBLISHED = {
-    # DeepSeekMoE, section 5.1.2: 16.4 B in all, 2.8 B per token.
+RECOUNTED = {
     "moe-16b": {"total": 16.4, "active": 2.8, "embedding": 0.4, "mtp": 0.0},
-    # DeepSeek-V2, appendix B: 15.7 B and 2.4 B, which leaves out the 0.2 B of the input embedding.
     "v2-lite": {"total": 15.7, "active": 2.7, "embedding": 0.4, "mtp": 0.0},
-    # DeepSeek-V2, section 3.1.2: 236 B and 21 B.
     "v2-236b": {"total": 235.7, "active": 21.4, "embedding": 1.0, "mtp": 0.0},
-    # DeepSeek-V3: 671 B and 37 B, without the input embedding; the MTP module as in README_WEIGHTS.md.
+    # The MTP module has 11.5 B parameters by README_WEIGHTS.md of the release; by its own shapes 11.61 B.
     "v3-671b": {"total": 671.0, "active": 37.6, "embedding": 1.9, "mtp": 11.6},
     # V3 and 61 indexers of 1536 * 64 * 128 + 7168 * (128 + 64) + 2 * 128 = 14.0 million.
     "v3.2-671b": {"total": 671.9, "active": 38.4, "embedding": 1.9, "mtp": 11.6},
+    "v4-flash": {"total": 284.3, "active": 13.8, "embedding": 1.1, "mtp": 6.6},
+    "v4-pro": {"total": 1573.0, "active": 49.8, "embedding": 1.9, "mtp": 25.8},
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name):
+def counts_of(name: str) -> dict[str, int]:
     with torch.device("meta"):
-        counts = FathomForCausalLM(FathomConfig.preset(name)).parameter_counts()
-    assert {kind: round(count / 1e9, 1) for kind, count in counts.items()} == PUBLISHED[name]
+        return FathomForCausalLM(FathomConfig.preset(name)).parameter_counts()
+
+
+@pytest.mark.parametrize("name", RECOUNTED)
+def test_parameter_counts_of_the_releases(name):
+    assert {kind: round(count / 1e9, 1) for kind, count in counts_of(name).items()} == RECOUNTED[name]
+
+
+def test_active_parameters_of_v3_by_hand():
+    """From the shapes in DeepSeek-V3, section 4.2: what one token is multiplied with, and the row that it looks up."""
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168 + 1536 + 512
+    dense, experts = 3 * 7168 * 18432, 9 * 3 * 7168 * 2048 + 256 * 7168
+    layers = 61 * (attention + 2 * 7168) + 3 * dense + 58 * experts
+    assert counts_of("v3-671b")["active"] == layers + 7168 + 2 * 129280 * 7168
+
+
+# As printed, in billions. The input embedding, a table in which rows are looked up, is among the active parameters of
+# DeepSeekMoE (2.83 B with it, 2.62 B without), and not of the releases since: V2 has 20.9 B without it and 21.4 B with
+# it, V3 36.6 B and 37.6 B, V4-Flash 13.3 B and 13.8 B, V4-Pro 48.9 B and 49.8 B.
+@pytest.mark.parametrize(
+    ("name", "total", "active", "counts_lookup"),
+    [
+        ("moe-16b", "16.4", "2.8", True),  # DeepSeekMoE, arXiv 2401.06066, section 5.1.2
+        ("v2-236b", "236", "21", False),  # DeepSeek-V2, arXiv 2405.04434, section 3.1.2
+        ("v3-671b", "671", "37", False),  # DeepSeek-V3, arXiv 2412.19437, abstract
+        ("v4-flash", "284", "13", False),  # DeepSeek-V4's report, section 4.2.1
+    ],
+)
+def test_parameter_counts_round_to_the_published_ones(name, total, active, counts_lookup):
+    config, counts = FathomConfig.preset(name), counts_of(name)
+    lookup = 0 if counts_lookup else config.vocab_size * config.hidden_size
+    for count, printed in ((counts["total"], total), (counts["active"] - lookup, active)):
+        digits = len(printed.partition(".")[2])
+        assert round(count / 1e9, digits) == float(printed)
+    assert counts["total"] / 1e9 == pytest.approx(float(total), rel=0.015)
+
+
+def test_parameter_counts_of_v4_pro():
+    """The published 1.6 T has two digits: its shapes give 1.573 T, 1.7 % less. 49 B are active."""
+    config, counts = FathomConfig.preset("v4-pro"), counts_of("v4-pro")
+    assert counts["total"] / 1e12 == pytest.approx(1.573, rel=1e-4)
+    assert f"{counts['total'] / 1e12:.1f}" == "1.6"
+    assert round((counts["active"] - config.vocab_size * config.hidden_size) / 1e9) == 49
+
+
+def test_parameter_counts_of_v2_lite():
+    """The published 2.4 B are 2.451 B, cut off: all that a token uses but the input embedding.
+
+    Without the head, too, it is 2.24 B, what Moonlight, a model of the same shape, calls its active parameters.
+    """
+    config, counts = FathomConfig.preset("v2-lite"), counts_of("v2-lite")
+    lookup = config.vocab_size * config.hidden_size
+    assert counts["total"] / 1e9 == pytest.approx(15.7, rel=0.015)
+    assert int((counts["active"] - lookup) / 1e8) == 24
+    assert (counts["active"] - counts["embedding"]) / 1e9 == pytest.approx(2.24, abs=0.005)
 
 
 # The release's config.json is V3's but for these (https://huggingface.co/deepseek-ai/DeepSeek-V3.2-Exp).
@@ -282,24 +333,19 @@ def test_impossible_indexers(overrides, says):
         FathomConfig.preset("v3.2", **overrides)
 
 
+@pytest.mark.parametrize("generation", ["classic", "v3", "v3.2"])
+def test_a_window_that_no_layer_has_is_refused(generation):
+    """transformers' caches would drop the tokens beyond it, and decoding differ from prefill."""
+    with pytest.raises(ValueError, match="sliding_window=11 is for swa, csa and hca layers"):
+        FathomConfig.preset(generation, sliding_window=11)
+
+
 def test_sparse_and_dense_layers_in_one_model():
     config = FathomConfig.preset("v3.2", token_mixers=["mla", "dsa", "mla", "dsa", "mla"])
     assert config.head_dim == config.qk_rope_head_dim
     with torch.device("meta"):
         layers = FathomForCausalLM(config).model.layers
     assert [hasattr(layer.self_attn, "indexer") for layer in layers] == [False, True, False, True, False]
-
-
-@pytest.mark.parametrize(("preset", "total", "active"), [("v4-flash", "284B", "13B"), ("v4-pro", "1.6T", "49B")])
-def test_parameter_counts_of_v4_round_to_the_published_ones(preset, total, active):
-    """The published active parameters leave out the embedding, which only looks rows up."""
-    config = FathomConfig.preset(preset)
-    with torch.device("meta"):
-        counts = FathomForCausalLM(config).parameter_counts()
-    lookup = config.vocab_size * config.hidden_size
-    billions, used = counts["total"] / 1e9, (counts["active"] - lookup) / 1e9
-    assert (f"{billions:.0f}B" if billions < 1000 else f"{billions / 1000:.1f}T") == total
-    assert f"{used:.0f}B" == active
 
 
 # The release's config.json (https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash), what matters to the model.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling.experts import MixtureOfExperts, RoutedExperts, TopKRouter, sequence_balance_loss
+from fathom.modeling.experts import MixtureOfExperts, TopKRouter, sequence_balance_loss
 
 TINY = {
     "hidden_size": 64,
@@ -104,7 +104,7 @@ def outputs_and_gradients(
 @pytest.mark.parametrize("shared", [0, 2])
 def test_implementations_agree(shared, autocast, unused):
     """Outputs and gradients of the fast implementation are those of the readable loop."""
-    eager, fast = mixture("eager", n_shared_experts=shared), mixture("grouped_mm", n_shared_experts=shared)
+    eager, fast = mixture("eager", n_shared_experts=shared), mixture("sorted_mm", n_shared_experts=shared)
     for module in (eager, fast):
         module.gate.e_score_correction_bias[3] = -100.0 if unused else 0.0
     hidden, direction = torch.randn(2, 30, 64), torch.randn(2, 30, 64)
@@ -120,7 +120,7 @@ def test_implementations_agree(shared, autocast, unused):
             assert torch.equal(got[3], torch.zeros_like(got[3])), name
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "sorted_mm"])
 def test_experts_run_by_a_module_call(implementation):
     """PEFT wraps the experts, tensor and expert parallelism hang hooks on them: a way around would lose both."""
     module, calls = mixture(implementation), []
@@ -130,13 +130,12 @@ def test_experts_run_by_a_module_call(implementation):
 
 
 def test_grouped_product_equals_the_loop():
-    """transformers' grouped kernel itself, whatever the model chooses on this device."""
     hidden, weights = torch.randn(25, 64), torch.rand(25, 3)
     indices = torch.stack([torch.randperm(7)[:3] for _ in range(25)])  # expert 7 gets nothing
     results = []
     for implementation in ("eager", "grouped_mm"):
         experts = mixture(implementation).experts
-        output = RoutedExperts.forward(experts, hidden, indices, weights)
+        output = experts(hidden, indices, weights)
         results.append([output, *torch.autograd.grad(output.square().sum(), list(experts.parameters()))])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -158,13 +157,14 @@ def test_experts_by_definition():
         torch.testing.assert_close(output[0, token], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("widths", [{"hidden_size": 52}, {"moe_intermediate_size": 25}], ids=str)
-def test_odd_widths_run(widths):
+@pytest.mark.parametrize("widths", [{}, {"hidden_size": 52}, {"moe_intermediate_size": 25}], ids=str)
+def test_the_default_implementation(widths, monkeypatch):
     """Grouped products need rows of whole 16 bytes; other widths must not end in an error from inside torch."""
-    odd = model(**widths)
-    assert odd.config._experts_implementation == "eager"
-    odd(tokens(), labels=tokens()).loss.backward()
-    assert model().config._experts_implementation == "grouped_mm"
+    for accelerator, expected in ((False, "sorted_mm"), (True, "grouped_mm")):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda available=accelerator: available)
+        chosen = model(**widths)
+        assert chosen.config._experts_implementation == ("eager" if widths else expected)
+        chosen(tokens(), labels=tokens()).loss.backward()
 
 
 def test_counts_exclude_padding():
@@ -179,7 +179,7 @@ def test_counts_exclude_padding():
             for expert in experts:
                 expected[expert] += 1
     assert counts.tolist() == expected
-    assert counts.dtype == torch.float32
+    assert counts.dtype == torch.int64
 
 
 def test_model_counts_exclude_padding():

@@ -106,7 +106,7 @@ def test_clamped_swiglu():
         torch.testing.assert_close(output, network.down_proj.weight @ torch.tensor(inner))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "sorted_mm", "grouped_mm", "batched_mm"])
 def test_every_expert_implementation_clamps(implementation):
     def output(**overrides):
         ours = model(experts_implementation=implementation, initializer_range=1.0, **overrides).eval()

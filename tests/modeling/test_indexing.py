@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import compressed_attention, indexing, sparse_attention
@@ -52,3 +53,14 @@ def test_one_query_and_many_have_the_same_scores(heads, width, keys):
     together = indexing.index_scores(query, key, weights)
     one_by_one = [indexing.index_scores(query[:, :, t, None], key, weights[:, t, None]) for t in range(50)]
     torch.testing.assert_close(torch.cat(one_by_one, dim=1), together, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("generation", MODULES)
+def test_offloaded_weights_are_computed_with(generation):
+    """An offloaded module has its weight only while it is called; read from outside, the choice would be silly."""
+    ours, ids = model(generation), torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = ours(ids, use_cache=False).logits
+    offloaded = cpu_offload(ours, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    assert torch.equal(offloaded(ids, use_cache=False).logits, expected)

@@ -71,7 +71,7 @@ def moe_model(**overrides) -> FathomForCausalLM:
     return FathomForCausalLM(FathomConfig.preset("moe", **{**TINY, "initializer_range": 0.15, **overrides})).eval()
 
 
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts_implementation", ["eager", "sorted_mm", "grouped_mm"])
 def test_logits_equal_float64_reference(experts_implementation):
     model = moe_model()
     model.set_experts_implementation(experts_implementation)

@@ -128,7 +128,7 @@ def test_greedy_generation(variant, options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts_implementation", ["eager", "sorted_mm", "grouped_mm"])
 def test_expert_implementations_agree(experts_implementation):
     stock, ours = pair("plain")
     ours.set_experts_implementation(experts_implementation)

@@ -33,7 +33,8 @@ def model(attn_implementation: str = "sdpa", **overrides) -> FathomForCausalLM:
     settings = {**SHAPE, **overrides, "attn_implementation": attn_implementation}
     created = FathomForCausalLM(FathomConfig.preset("v4", **settings)).eval()
     for name, parameter in created.named_parameters():
-        if name.endswith(("sinks", "position_bias")):
+        # Streams that stay equal, as they do at first, leave nothing but rounding to the gradient of their collapse.
+        if name.rsplit(".", 1)[-1] in ("sinks", "position_bias", "base", "hc_base", "scale", "hc_scale"):
             torch.nn.init.normal_(parameter, std=0.5)
     return created
 
@@ -151,7 +152,8 @@ def test_parts_are_the_whole(case, at_once, monkeypatch):
     for attn_implementation in ("eager", "sdpa"):
         ours = model(attn_implementation)
         logits = ours(ids, use_cache=False, **options).logits[real]
-        logits.square().mean().backward()
+        # Not the mean of their squares, which a norm before the head keeps nearly constant.
+        logits.logsumexp(dim=-1).mean().backward()
         gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
         results.append({"logits": logits, **gradients})
     assert results[0].keys() == results[1].keys()
@@ -225,9 +227,11 @@ def test_backends_without_sinks_are_refused(implementation):
 
 
 @torch.no_grad()
-def test_prefill_of_windows_compiles_as_one_graph(monkeypatch):
+@pytest.mark.parametrize("kind", ["swa", "hca"])
+def test_prefill_compiles_as_one_graph(kind, monkeypatch):
+    """Not in parts, whose keys depend on the data. (csa: how many entries it chooses among depends on the data.)"""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 5)
-    ours = model(token_mixers="swa", channel_mixers="dense", num_nextn_predict_layers=0, hc_mult=1)
+    ours = model(token_mixers=kind, num_hidden_layers=2, num_nextn_predict_layers=0)
     compiled = torch.compile(ours.model, fullgraph=True, backend="eager")
     ids = tokens(2, 30)
     states = compiled(ids, use_cache=False).last_hidden_state

@@ -332,6 +332,8 @@ totals = [torch.zeros_like(total) for _ in range(2)]
 dist.all_gather(totals, total)
 assert torch.equal(*totals) and total > 0, totals
 print("gradients agree", flush=True)
+del wrapped  # Its threads end before the group that they use.
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -1,0 +1,279 @@
+"""What a window-and-compression layer (`compressed_attention`) remembers of the tokens before.
+
+Three things, for every sequence of the batch:
+
+    tokens    the newest rows of what the layer computed per token: keys of the window, inputs of the compressors
+    entries   the compressed past, one entry per block of tokens
+    places    where both stand, so that windows, blocks and documents are told apart without any mask
+
+A *place* is one integer per token, `document * 2^32 + position`. Positions count from 0 in every document, so that two
+places differ by less than the window exactly if the tokens are that close in the same document. Padding has a place
+far below all others, which no query ever reaches. An entry stands where its last token stands.
+
+Rows of a batch may be padded on the left, hence complete their blocks at different times: every row has its own
+number of entries.
+
+Shapes: B batch, T new tokens, S kept tokens, N entries, D any width.
+"""
+
+import torch
+
+from .cache_layers import FathomCacheLayer, StaticCacheLayer
+
+DOCUMENT = 2**32
+NOWHERE = -(2**62)  # the place of padding, and of tokens and entries that a row has not yet
+
+
+class CompressedCacheLayer(FathomCacheLayer):
+    """Cache of one layer, growing.
+
+    Args:
+        window: number of newest tokens whose keys are needed by the next one, itself not counted.
+        tail: number of newest tokens whose compressor inputs are needed to complete the next entry; 0 without entries.
+    """
+
+    def __init__(self, window: int, tail: int):
+        super().__init__()
+        self.window = window
+        self.tail = tail
+        self.is_sliding = tail == 0
+        self.record_past = False
+        self.length: int | torch.Tensor = 0
+        self.tokens: dict[str, torch.Tensor] = {}  # [B, S, ...] of the newest S tokens; S differs, see `needed`
+        self.entries: dict[str, torch.Tensor] = {}  # [B, N, ...]
+
+    def stores(self) -> tuple[dict[str, torch.Tensor], ...]:
+        return self.tokens, self.entries
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.length = 0
+        self.tokens, self.entries = {}, {}
+
+    def needed(self, name: str) -> int:
+        """How many of the newest tokens of a stream the next token may need."""
+        # At least one place tells whether the next token continues the document.
+        return {"window": self.window, "places": max(self.window, self.tail, 1)}.get(name, self.tail)
+
+    @property
+    def last_places(self) -> torch.Tensor | None:
+        """Place of every row's newest real token [B]; None before the first token."""
+        return self.tokens["places"].amax(dim=1) if self.tokens else None
+
+    def append_tokens(self, **streams: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds T tokens: `places` [B, T], `window` [B, T, D], and inputs of compressors [B, T, D] by any names.
+
+        Returns:
+            What their queries and compressors may need: every stream with the past that it needs, [B, S + T, D].
+        """
+        joined = {name: torch.cat((self.tokens[name], new), 1) if self.tokens else new for name, new in streams.items()}
+        self.is_initialized = True
+        self.device = streams["places"].device
+        new_tokens = streams["places"].shape[1]
+        self.length += new_tokens
+        self.tokens = joined
+        if not self.record_past:
+            self._forget()
+        return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
+
+    def most_blocks(self, tokens: int, block: int) -> int | None:
+        """Number of blocks to make room for, if it may not depend on where `tokens` tokens stand."""
+        return None
+
+    def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds entries [B, M, D] that stand at `places` [B, M], and returns all of them [B, N, D].
+
+        Entries that stand NOWHERE are left out, row by row; rows that have fewer than others are filled at the end.
+        """
+        if self.entries and not (entries["places"] != NOWHERE).any():
+            return self.entries
+        return self._pack(entries)
+
+    def _pack(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Puts entries behind the ones there are, without gaps."""
+        if self.entries:
+            entries = {name: torch.cat((self.entries[name], new), 1) for name, new in entries.items()}
+        # A stable sort moves the gaps of every row to its end and keeps the order of the entries.
+        present, order = (entries["places"] != NOWHERE).to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        order = order[:, : int(present.sum(dim=1).max())]
+        self.entries = {name: take_rows(rows, order) for name, rows in entries.items()}
+        return self.entries
+
+    def _forget(self) -> None:
+        self.tokens = {name: newest(rows, self.needed(name)) for name, rows in self.tokens.items()}
+
+    def activate_past_recording(self) -> None:
+        """Keeps all tokens from now until the next `crop`, so that it can go back beyond the window."""
+        self.record_past = True
+
+    def keep(self, tokens: int) -> None:
+        removed = int(self.length) - tokens
+        for name, rows in self.tokens.items():
+            if max(self._held(rows) - removed, 0) < min(self.needed(name), tokens):
+                raise RuntimeError(
+                    f"crop({-removed}) needs tokens that are no longer kept (window {self.window + 1}); "
+                    f"call activate_past_recording() before the tokens that may be removed"
+                )
+        self._drop_newest(removed)
+
+    def _held(self, rows: torch.Tensor) -> int:
+        """Number of tokens in the rows of a stream."""
+        return min(rows.shape[1], int(self.length))
+
+    def _drop_newest(self, removed: int) -> None:
+        self.length -= removed
+        self.tokens = {name: rows[:, : rows.shape[1] - removed] for name, rows in self.tokens.items()}
+        if self.entries:
+            self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
+            self._pack({name: rows[:, :0] for name, rows in self.entries.items()})
+        self._forget()
+
+    def _premature_entries(self) -> torch.Tensor:
+        """[B, N], True for entries that were completed by tokens which are no longer there."""
+        return self.entries["places"] > self.tokens["places"].amax(dim=1, keepdim=True)
+
+    def nbytes(self) -> int:
+        """Bytes of keys, compressor inputs and entries. Places are bookkeeping: `allocated_nbytes` counts them."""
+        held = [rows[:, : self._held(rows)] for name, rows in self.tokens.items() if name != "places"]
+        if self.entries:
+            most = int((self.entries["places"] != NOWHERE).sum(dim=1).max())
+            held += [rows[:, :most] for name, rows in self.entries.items() if name != "places"]
+        return sum(rows.nbytes for rows in held)
+
+    def get_seq_length(self) -> int:
+        return self.length  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As if nothing were forgotten: no mask is made from it, transformers only asks."""
+        return self.get_seq_length() + query_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("the layer starts with its first tokens, see append_tokens")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        raise NotImplementedError("what a token leaves behind is more than keys and values, see append_tokens")
+
+
+class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
+    """The same in tensors of fixed shapes, written in place. The tokens of one forward are of one document per row.
+
+    Tokens are moved along by as many as come in; those that a row has not yet stand NOWHERE, at its beginning. Entries
+    are written behind the ones there are, and those to come stand NOWHERE.
+
+    Args:
+        window, tail: as above.
+        block: tokens per entry.
+        max_cache_len: number of tokens that there is room for.
+    """
+
+    def __init__(self, window: int, tail: int, block: int, max_cache_len: int):
+        CompressedCacheLayer.__init__(self, window, tail)
+        StaticCacheLayer.__init__(self, max_cache_len)
+        self.most_entries = max_cache_len // block
+
+    def reset(self) -> None:
+        super().reset()
+        for store in self.stores():
+            if store:
+                store["places"].fill_(NOWHERE)
+
+    def append_tokens(self, **streams: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.tokens:
+            self.start(streams["places"].device)
+            for name, new in streams.items():
+                self.tokens[name] = self.fixed(nothing(name, new, self.room(name)))
+        new_tokens = streams["places"].shape[1]
+        self.length.add_(new_tokens)
+        joined = {name: torch.cat((self.tokens[name], new), 1) for name, new in streams.items()}
+        for name, rows in joined.items():
+            self.tokens[name].copy_(newest(rows, self.tokens[name].shape[1]))
+        return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
+
+    def room(self, name: str) -> int:
+        """Number of rows of a stream."""
+        return self.max_cache_len if self.record_past else min(self.needed(name), self.max_cache_len)
+
+    def most_blocks(self, tokens: int, block: int) -> int | None:
+        return (tokens + block - 2) // block + 1
+
+    def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.entries:
+            for name, new in entries.items():
+                # One row more than there can be takes what stands NOWHERE.
+                self.entries[name] = self.fixed(nothing(name, new, self.most_entries + 1))
+        present = entries["places"] != NOWHERE  # [B, M]
+        there_are = (self.entries["places"] != NOWHERE).sum(dim=1, keepdim=True)
+        row = torch.where(present, there_are + present.cumsum(dim=1) - 1, self.most_entries)
+        for name, new in entries.items():
+            self.entries[name].scatter_(1, along(row, new), new)
+        return {name: rows[:, :-1] for name, rows in self.entries.items()}
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        for name, rows in self.tokens.items():
+            if more := self.room(name) - rows.shape[1]:
+                self.tokens[name] = self.fixed(torch.cat((nothing(name, rows, more), rows), dim=1))
+
+    def _drop_newest(self, removed: int) -> None:
+        self.length.sub_(removed)
+        for name, rows in self.tokens.items():
+            kept = rows[:, : rows.shape[1] - removed]
+            rows.copy_(torch.cat((nothing(name, rows, rows.shape[1] - kept.shape[1]), kept), dim=1))
+        if self.entries:
+            self.entries["places"].masked_fill_(self._premature_entries(), NOWHERE)
+
+
+def nothing(name: str, like: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows [B, count, ...] that no query and no block reaches: zeros that stand NOWHERE."""
+    return like.new_full((like.shape[0], count, *like.shape[2:]), NOWHERE if name == "places" else 0)
+
+
+def along(order: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Indices [B, M] as `gather` and `scatter` want them for rows [B, N, ...]: [B, M, ...]."""
+    return order.view(*order.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+
+
+def take_rows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows [B, N, ...] in another order [B, M] -> [B, M, ...]."""
+    return rows.gather(1, along(order.to(rows.device), rows))
+
+
+def newest(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` tokens of [B, S, ...]; all, if there are fewer."""
+    return rows[:, max(rows.shape[1] - count, 0) :]
+
+
+def token_places(
+    position_ids: torch.Tensor, token_mask: torch.Tensor | None, last_places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Places of new tokens: a token whose position does not follow the one before begins a new document.
+
+    Args:
+        position_ids: [B, T].
+        token_mask: [B, T], True for real tokens; padding between them is skipped. None: all are real.
+        last_places: [B], the newest place in the cache, or NOWHERE.
+
+    Returns:
+        int64 [B, T], non-decreasing along a row but for padding, which is NOWHERE.
+    """
+    positions = position_ids.long()
+    real = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
+    if last_places is None:
+        last_places = positions.new_full(positions.shape[:1], NOWHERE)
+    # Index of the newest real token before each one, -1 for none in this chunk.
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    newest_real = torch.where(real, index, -1).cummax(dim=1).values
+    before = torch.cat((torch.full_like(newest_real[:, :1], -1), newest_real[:, :-1]), dim=1)
+    started = last_places != NOWHERE
+    previous = torch.where(
+        before >= 0,
+        positions.gather(1, before.clamp(min=0)),
+        torch.where(started, last_places % DOCUMENT, -2).unsqueeze(1),
+    )
+    begins = real & (positions != previous + 1)
+    first = torch.where(started, last_places // DOCUMENT, -1).unsqueeze(1)
+    documents = first + begins.cumsum(dim=1)
+    return torch.where(real, documents * DOCUMENT + positions, NOWHERE)

@@ -1,0 +1,65 @@
+"""`fathom serve [MODEL]`: an OpenAI-compatible API for a model, by transformers' own server.
+
+    fathom serve runs/sft     this model
+    fathom serve              whatever model a request names, loaded when it does
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "runs/sft", "messages": [{"role": "user", "content": "What does len(obj) do?"}]}'
+
+`transformers serve` looks a model's class up in transformers itself, whatever `--trust-remote-code` says
+(cli/serving/model_manager.py, `_load_model`); this verb puts Fathom's there and starts the same server.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..training.errors import UserError
+from .arguments import parse
+from .chat import free_port
+from .cli import run
+
+
+@dataclass
+class ServeOptions:
+    """Which model, and where the API is served."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint folder or Hub id; default: what requests name."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to serve on; 0.0.0.0 opens it to the network."})
+    port: int = field(default=8000, metadata={"help": "Port to serve on; the next free one is taken if it is in use."})
+
+
+def main(argv: Sequence[str]) -> int:
+    (options,) = parse("serve", "Serve a model as an API.", [ServeOptions], argv, positionals=("model",))
+    port = free_port(options.host, options.port)
+
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise UserError("serving needs packages that are not installed; run: pip install 'fathom-lm[serve]'")
+
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+
+    from ..modeling.modeling_fathom import FathomForCausalLM
+    from ..training.checkpoints import check_checkpoint, load_tokenizer
+
+    if options.model is not None:
+        load_tokenizer(options.model)
+        if Path(options.model).is_dir():
+            check_checkpoint(Path(options.model))
+    model_manager.transformers.FathomForCausalLM = FathomForCausalLM
+    if port != options.port:
+        print(f"port    {options.port} is taken, using {port}")
+    print(f"serve   http://{options.host}:{port}/v1  (Ctrl-C ends it)", flush=True)
+    with suppress(KeyboardInterrupt):
+        Serve(force_model=options.model, host=options.host, port=port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("serve", main, sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""`fathom serve` as a process: OpenAI's own client gets what the model itself generates, from every generation."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generations import GENERATIONS, save_with_tokenizer
+
+from fathom.scripts.cli import main
+from fathom.training.checkpoints import load_model, load_tokenizer
+
+pytest.importorskip("uvicorn", reason="needs fathom-lm[serve]")
+openai = pytest.importorskip("openai", reason="needs fathom-lm[serve]")
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 * 2?"}]
+NEW_TOKENS = 12
+
+
+@contextmanager
+def serving(*words: str) -> Iterator["openai.OpenAI"]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "fathom.scripts.serve", *words, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        # The first line is printed before the model is loaded; uvicorn's last one when requests are taken.
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "Uvicorn running on" in line:
+                break
+        else:
+            pytest.fail("".join(lines))
+        assert lines[0] == f"serve   http://127.0.0.1:{port}/v1  (Ctrl-C ends it)\n"
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator["openai.OpenAI"]:
+    with serving() as client:
+        yield client
+
+
+def check_answers(client: "openai.OpenAI", folder: Path) -> None:
+    """Whole and streamed, they are the model's own greedy continuation of the rendered chat."""
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = prompt["input_ids"].shape[1]
+    output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    assert len(expected) >= NEW_TOKENS
+
+    request = {"model": str(folder), "messages": MESSAGES, "max_tokens": NEW_TOKENS, "temperature": 0}
+    answer = client.chat.completions.create(**request)
+    assert answer.choices[0].message.content == expected
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, NEW_TOKENS)
+    parts = list(client.chat.completions.create(**request, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert len(parts) > 3
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_models_that_requests_name(client: "openai.OpenAI", tmp_path: Path, generation: str) -> None:
+    save_with_tokenizer(tmp_path, generation)
+    check_answers(client, tmp_path)
+
+
+def test_one_model(tmp_path: Path) -> None:
+    save_with_tokenizer(tmp_path, "v4")
+    with serving(str(tmp_path)) as client:
+        check_answers(client, tmp_path)
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="another", messages=MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "nowhere"),
+        (["{folder}"], "no tokenizer.json"),
+        (["{folder}", "--port", "70000"], "port=70000 must be between 1 and 65535"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    assert main(["serve", *(word.format(folder=tmp_path) for word in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
