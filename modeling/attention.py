@@ -255,11 +255,8 @@ class MultiHeadLatentAttention(FathomAttention):
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""
-        batch, _, key_tokens, _ = latent.shape
-        expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         query = torch.cat((q_nope, q_pe), dim=-1)  # [B, H, T, D + P]
-        key = torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1)  # [B, H, S, D + P]
+        key, value = self.expand(latent, k_pe)
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
         if self.config._attn_implementation != "sdpa" or padding <= 0:
@@ -267,11 +264,20 @@ class MultiHeadLatentAttention(FathomAttention):
         output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
         return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
 
+    def expand(self, latent: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached, [B, 1, S, R] and [B, 1, S, P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
+        batch, _, key_tokens, _ = latent.shape
+        expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+
     def absorbed_attention(
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
-        w_uk, w_uv = self.expansion()
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        )  # [H, D, R], [H, D_v, R]
         query = torch.cat((q_nope @ w_uk, q_pe), dim=-1)  # [B, H, T, R + P]
         key = torch.cat((latent, k_pe), dim=-1)  # [B, 1, S, R + P], the same for all heads
         # One product per sequence, with heads and queries side by side, instead of one per head.
@@ -280,8 +286,3 @@ class MultiHeadLatentAttention(FathomAttention):
         output = (weights.flatten(1, 2) @ latent.squeeze(1)).unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
         output = output @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
         return output.transpose(1, 2).flatten(2), weights
-
-    def expansion(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The matrices that expand a latent to keys [H, D, R] and values [H, D_v, R]."""
-        weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
-        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

@@ -308,8 +308,10 @@ class SlidingWindowAttention(FathomAttention):
             all_entries = self.entries(streams, after, layer)
             entries = all_entries["compressor"]
             visible = self.visible_entries(places, all_entries["places"])
-            chosen, scores = self.choose(hidden_states, q_latent, all_entries, visible, rotation)
-            if report_indexer and scores is not None:
+            # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
+            with torch.set_grad_enabled(report_indexer and torch.is_grad_enabled()):
+                chosen, scores = self.choose(hidden_states, q_latent, all_entries, visible, rotation)
+            if report_indexer and scores is not None and self.compressor.indexer.has_report():
                 report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
             if self.index_dense:
                 chosen = visible
@@ -458,7 +460,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
         """The indexer against the attention to entries, among window and sinks. Arguments as in `attend_in_parts`."""
         distance = places.unsqueeze(2) - key_places.unsqueeze(1)
         near = (distance >= 0) & (distance < self.window)  # [B, T, S]
-        both = torch.cat((keys, entries), dim=1).detach()
+        both = torch.cat((keys, entries), dim=1).unsqueeze(1).detach()
 
         def attention(attended: torch.Tensor) -> torch.Tensor:
             seen = torch.cat((near, attended), dim=2)

@@ -33,6 +33,10 @@ PRODUCTS_AT_ONCE = 2**24
 class TrainableIndexer(nn.Module):
     """Base of the indexers, by which their parameters are found."""
 
+    def has_report(self) -> bool:
+        """Whether its loss is of use: not in training if it is frozen, as beside adapters of other modules."""
+        return not self.training or any(parameter.requires_grad for parameter in self.parameters())
+
 
 # How well an indexer foretells the attention of its layer, one tensor [F, B, T] with these figures of every query. In
 # training `loss` alone, KL(p || softmax(I)) in nats. The others are of queries that see more keys than are selected
@@ -152,7 +156,7 @@ def head_summed_attention(
     """Attention weights summed over the heads, in fp32, some queries at a time.
 
     Args:
-        query: [B, H, T, D]. keys: [B, S, D], shared by the heads.
+        query: [B, H, T, D]. keys: [B, H, S, D], or [B, 1, S, D] where the heads share them.
         visible: bool [B, T, S].
         sinks: [H], logits that take weight from the keys.
 
@@ -160,8 +164,8 @@ def head_summed_attention(
         [B, T, S].
     """
     batch, heads, _, _ = query.shape
-    keys_transposed = keys.float().transpose(-1, -2).unsqueeze(1)  # [B, 1, D, S]
-    rows = max(1, PRODUCTS_AT_ONCE // max(1, batch * heads * keys.shape[1]))
+    keys_transposed = keys.float().transpose(-1, -2)
+    rows = max(1, PRODUCTS_AT_ONCE // max(1, batch * heads * keys.shape[2]))
     sums = []
     with torch.autocast(query.device.type, enabled=False):
         for some_queries, seen in zip(query.split(rows, dim=2), visible.split(rows, dim=1), strict=True):
@@ -170,5 +174,5 @@ def head_summed_attention(
             if sinks is not None:
                 sink = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
                 logits = torch.cat((logits, sink), dim=-1)
-            sums.append((logits.softmax(dim=-1)[..., : keys.shape[1]] * seen.unsqueeze(1)).sum(dim=1))
+            sums.append((logits.softmax(dim=-1)[..., : keys.shape[2]] * seen.unsqueeze(1)).sum(dim=1))
     return torch.cat(sums, dim=1)

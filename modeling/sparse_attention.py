@@ -105,7 +105,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         q_latent = self.query_latent(hidden_states)
         q_nope, q_pe = self.queries(q_latent, position_embeddings)
         latent, k_pe = self.latents(hidden_states, position_embeddings)
-        learns = report_indexer and torch.is_grad_enabled()
+        reports = report_indexer and self.indexer.has_report()
+        # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
+        learns = reports and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns):
             index_keys = self.indexer.keys(hidden_states.detach(), position_embeddings)
         if past_key_values is not None:
@@ -115,24 +117,29 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         attend, report = self.attend_latents, None
         selects = latent.shape[2] > self.index_topk and not self.index_dense
-        if selects or report_indexer:
+        if selects or reports:
             with torch.set_grad_enabled(learns):
                 scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
             best_mask = keep_best(scores.detach(), attention_mask, self.index_topk)
-            if report_indexer:
-                visible = visible_keys(attention_mask, scores)
-                selected = visible & visible_keys(best_mask, scores)
-                w_uk, _ = self.expansion()
-                query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).detach()
-                key = torch.cat((latent, k_pe), dim=-1).squeeze(1).detach()
-                attention = partial(head_summed_attention, query, key, scaling=self.scaling)
-                report = indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
+            if reports:
+                report = self.report(q_nope, q_pe, latent, k_pe, attention_mask, best_mask, scores)
             if selects:
                 attention_mask = best_mask
                 if self.gathering_pays(q_nope, latent):
                     attend = self.gathered_attention
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
         return MixerOutput(self.o_proj(output), weights, report)
+
+    def report(
+        self, q_nope, q_pe, latent, k_pe, attention_mask: torch.Tensor | None, best_mask, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """The indexer's scores against MLA's attention, with the masks before and after its choice: [F, B, T]."""
+        visible = visible_keys(attention_mask, scores)
+        selected = visible & visible_keys(best_mask, scores)
+        with torch.no_grad():
+            query, (keys, _) = torch.cat((q_nope, q_pe), dim=-1), self.expand(latent, k_pe)
+        attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
+        return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
 
     def gathering_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..modeling.experts import ExpertRouter
 from ..modeling.hyper_connections import HyperConnection, StreamCollapse, StreamMixing
+from ..modeling.modeling_fathom import FathomModel, FathomPreTrainedModel
 
 
 def load_ratio(load: torch.Tensor) -> torch.Tensor:
@@ -47,10 +47,10 @@ def balance_by_layer(load: torch.Tensor, layers: list[int]) -> dict[str, float]:
     return figures
 
 
-def router_layers(model: nn.Module) -> list[int]:
+def router_layers(model: FathomPreTrainedModel) -> list[int]:
     """Index in `model.layers` of every router, in the order of the rows of an expert load."""
-    names = [name for name, module in model.named_modules() if isinstance(module, ExpertRouter)]
-    return [int(name.split("layers.")[1].split(".")[0]) for name in names]
+    names = {module: name for name, module in model.named_modules()}
+    return [int(names[router].split("layers.")[1].split(".")[0]) for router in model.routers()]
 
 
 class StreamProbe:
@@ -64,7 +64,8 @@ class StreamProbe:
     """
 
     def __init__(self, model: nn.Module):
-        base = model.base_model
+        # Looked for, because adapters (PEFT) have a `base_model` of their own.
+        base = next(module for module in model.modules() if isinstance(module, FathomModel))
         self.watched = [
             *(part for layer in base.layers[: base.config.num_hidden_layers] for part in (layer.attn_hc, layer.ffn_hc)),
             base.hc_head,

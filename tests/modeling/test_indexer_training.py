@@ -64,7 +64,7 @@ def example(seed: int = 0):
     scores = torch.randn(1, 7, 7, generator=generator)
     visible = torch.ones(1, 7, 7, dtype=torch.bool).tril()
     visible[:, :, 0] = False
-    query, keys = torch.randn(1, 2, 7, 5, generator=generator), torch.randn(1, 7, 5, generator=generator)
+    query, keys = torch.randn(1, 2, 7, 5, generator=generator), torch.randn(1, 1, 7, 5, generator=generator)
     selected = torch.zeros_like(visible)
     for t in range(7):
         seen = [s for s in range(7) if visible[0, t, s]]
@@ -77,7 +77,7 @@ def weights_by_definition(query, keys, t: int, seen: list[int], scaling: float, 
     """Attention weights of query t on the keys `seen`, summed over the heads, in float64."""
     sums = dict.fromkeys(seen, 0.0)
     for h in range(query.shape[1]):
-        logits = {s: (query[0, h, t].double() @ keys[0, s].double()).item() * scaling for s in seen}
+        logits = {s: (query[0, h, t].double() @ keys[0, 0, s].double()).item() * scaling for s in seen}
         total = sum(math.exp(logit) for logit in logits.values())
         total += 0.0 if sinks is None else math.exp(sinks[h].item())
         for s in seen:

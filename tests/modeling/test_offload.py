@@ -37,7 +37,10 @@ def test_logits_losses_and_texts(tmp_path, generation, tied, share):
     assert torch.equal(got.loss, expected.loss)
     assert (got.mtp_loss is None) == (expected.mtp_loss is None)
     if got.mtp_loss is not None:
-        assert torch.equal(got.mtp_loss, expected.mtp_loss)
+        # By all logits at once: a head that is offloaded can only be called, not multiplied by in chunks.
+        torch.testing.assert_close(got.mtp_loss, expected.mtp_loss, rtol=1e-6, atol=0)
+    assert (got.indexer_figures is None) == (generation not in ("v3.2", "v4"))
+    torch.testing.assert_close(got.indexer_figures, expected.indexer_figures, rtol=0, atol=0)
     for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
         settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, **settings}
         expected, got = (each.generate(ids, attention_mask=mask, **settings) for each in (ours, loaded))

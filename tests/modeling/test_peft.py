@@ -14,15 +14,16 @@ peft = pytest.importorskip("peft")
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 NO_INDEXERS = r".*\.indexer\..*"
+WITH_INDEXERS = ["v3.2", "v4"]
 WITH_EXPERTS = [generation for generation in GENERATIONS if generation != "classic"]
 
 
 def lora(generation: str, **overrides) -> "peft.LoraConfig":
-    """Adapters on every linear map but the frozen indexers', and on the experts; they start off 0, as if trained."""
+    """Adapters on every linear map but the indexers', and on the experts; they start off 0, as if trained."""
     settings = {
         "r": 4,
         "target_modules": "all-linear",
-        "exclude_modules": NO_INDEXERS if generation in ("v3.2", "v4") else None,
+        "exclude_modules": NO_INDEXERS if generation in WITH_INDEXERS else None,
         "target_parameters": EXPERTS if generation in WITH_EXPERTS else None,
         "init_lora_weights": False,
         "task_type": "CAUSAL_LM",
@@ -64,6 +65,7 @@ def test_saved_loaded_and_merged(tmp_path, generation):
     ours.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     expected = logits(ours, ids)
     assert (expected - logits(model(generation), ids)).abs().max() > 0.1
+    rounding = 1e-5 * expected.abs().max().item()
 
     ours.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(peft.PeftModel.from_pretrained(model(generation), tmp_path / "adapter"), ids), expected)
@@ -71,10 +73,28 @@ def test_saved_loaded_and_merged(tmp_path, generation):
 
     merged = ours.merge_and_unload()
     assert type(merged) is FathomForCausalLM
-    torch.testing.assert_close(logits(merged, ids), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(merged, ids), expected, atol=rounding, rtol=0)
     merged.save_pretrained(tmp_path / "merged")
     reread = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(reread, ids), logits(merged, ids))
+
+
+@pytest.mark.parametrize("generation", WITH_INDEXERS)
+def test_indexers_learn_by_adapters_or_stay_as_they_are(generation):
+    """A frozen indexer has no loss in training. One with adapters has, and learns from attention with adapters."""
+    ids = tokens()
+    assert adapted(generation).train()(input_ids=ids, labels=ids).indexer_figures is None
+
+    ours = adapted(generation, exclude_modules=None).train()
+    ours(input_ids=ids, labels=ids).loss.backward()
+    learning = {name: p for name, p in ours.named_parameters() if ".indexer." in name and p.requires_grad}
+    assert all("lora_" in name for name in learning)
+    assert learning
+    assert [name for name, p in learning.items() if p.grad is None or not p.grad.any()] == []
+    with torch.no_grad():
+        expected = ours.eval()(input_ids=ids, labels=ids).indexer_figures
+        merged = ours.merge_and_unload()(input_ids=ids, labels=ids).indexer_figures
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -198,7 +218,7 @@ class Rows(Dataset):
         return {"input_ids": tokens(16)[index], "labels": tokens(16)[index]}
 
 
-def train(generation: str, folder: Path, steps: int, resume: Path | None = None) -> "peft.PeftModel":
+def train(generation: str, folder: Path, steps: int, resume: Path | None = None) -> FathomTrainer:
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -210,19 +230,33 @@ def train(generation: str, folder: Path, steps: int, resume: Path | None = None)
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = FathomTrainer(adapted(generation), arguments, train_dataset=Rows())
+    trainer = FathomTrainer(adapted(generation), arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train(resume_from_checkpoint=resume and str(resume))
-    return trainer.model.eval()
+    return trainer
 
 
-@pytest.mark.parametrize("generation", ["moe", "v3", "v4"])
+@pytest.mark.parametrize("generation", ["moe", "v3", "v3.2", "v4"])
 def test_trained_resumed_and_loaded(tmp_path, generation):
     """Checkpoints of a training run are adapters; the model they are loaded on is that of the run."""
     ids = tokens()
-    whole = train(generation, tmp_path / "whole", 4)
+    whole = train(generation, tmp_path / "whole", 4).model.eval()
     train(generation, tmp_path / "half", 2)
-    resumed = train(generation, tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2")
+    resumed = train(generation, tmp_path / "half", 4, resume=tmp_path / "half" / "checkpoint-2").model.eval()
     expected = logits(whole, ids)
     assert torch.equal(logits(resumed, ids), expected)
     loaded = peft.PeftModel.from_pretrained(model(generation), tmp_path / "half" / "checkpoint-4")
     assert torch.equal(logits(loaded, ids), expected)
+
+
+@pytest.mark.parametrize("generation", ["v3.2", "v4"])
+def test_evaluated_like_the_merged_model(tmp_path, generation):
+    """Balance, streams and indexers are found behind adapters, too."""
+    trainer = train(generation, tmp_path, 1)
+    metrics = trainer.evaluate()
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    merged = trainer.evaluate()
+    watched = ["eval_max_vio_layer_1", "eval_indexer_recall", *["eval_amax_gain_forward"] * (generation == "v4")]
+    assert set(watched) <= set(metrics)
+    timing = ("runtime", "per_second")
+    names = {name for name in merged if not name.endswith(timing)}
+    assert {name: metrics[name] for name in names} == pytest.approx({name: merged[name] for name in names}, rel=1e-3)
