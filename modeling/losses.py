@@ -80,10 +80,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype):
-        wants_gradients = any(ctx.needs_input_grad)
+        hidden_learns, weight_learns, *_ = ctx.needs_input_grad
         sums = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=sums, device=hidden_states.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden_states), torch.zeros_like(weight, dtype=sums)
+        grad_hidden = torch.empty_like(hidden_states) if hidden_learns else None
+        grad_weight = torch.zeros_like(weight, dtype=sums) if weight_learns else None
         cast_weight = weight.to(dtype)
         rows = max(1, LOGITS_AT_ONCE // len(weight))
         for start in range(0, len(hidden_states), rows):
@@ -93,23 +94,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden @ cast_weight.T).to(sums)  # [rows, V]
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((normaliser - logits.gather(1, target)) * seen).sum()
-            if wants_gradients:
-                slope = logits.sub_(normaliser).exp_()
-                slope = slope.scatter_add_(1, target, -torch.ones_like(normaliser)).mul_(seen).to(dtype)
+            if not (hidden_learns or weight_learns):
+                continue
+            slope = logits.sub_(normaliser).exp_()
+            slope = slope.scatter_add_(1, target, -torch.ones_like(normaliser)).mul_(seen).to(dtype)
+            if grad_hidden is not None:
                 grad_hidden[chunk] = slope @ cast_weight
+            if grad_weight is not None:
                 grad_weight += slope.T @ hidden
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_output.to(grad_hidden.dtype),
-            grad_weight * grad_output.to(grad_weight.dtype),
-            None,
-            None,
-        )
+        gradients = [None if each is None else each * grad_output.to(each.dtype) for each in ctx.saved_tensors]
+        return *gradients, None, None
 
 
 def head_cross_entropy(

@@ -2,8 +2,8 @@
 
 A matrix of n parameters costs 2 n floating-point operations per token forward and twice that backward. Attention over
 T tokens adds 2 (D_qk + D_v) per head and key that a query reads: T / 2 of them on average where it is dense and causal,
-fewer where a window or an indexer limits them. An indexer scores every key; frozen, forward only. The attention that it
-learns from is not counted twice.
+fewer where a window or an indexer limits them. An indexer scores every key; the attention that it learns from is not
+counted twice. What is frozen has no gradient of its own, and where nothing before it learns it runs forward only.
 """
 
 import time
@@ -59,10 +59,13 @@ def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     of_indexers = sum(
         linear.weight.numel() for each in indexers for linear in each.modules() if isinstance(linear, nn.Linear)
     )
-    trunk = 2 * (matrices - of_indexers) + attention
-    # What is frozen runs forward only.
-    trains = 3 if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()) else 1
-    return trains * trunk + (3 if config.indexer_loss_coef else 1) * (2 * of_indexers + scores)
+    in_indexers = {parameter for each in indexers for parameter in each.parameters()}
+    indexers_learn = any(parameter.requires_grad for parameter in in_indexers)
+    whole = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+    trains = whole or any(parameter.requires_grad for parameter in model.parameters() if parameter not in in_indexers)
+    # Beside adapters or the like, frozen matrices pass gradients on without having one.
+    trunk = 2 * (matrices - of_indexers) * (1 + trains + whole) + attention * (3 if trains else 1)
+    return trunk + (3 if indexers_learn else 1) * (2 * of_indexers + scores)
 
 
 def keys_read(config, kind: str, length: float) -> float:

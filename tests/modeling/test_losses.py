@@ -41,6 +41,19 @@ def test_value_and_gradients_are_those_of_the_full_logits(num_items) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("frozen", ["head", "states"])
+def test_what_is_frozen_gets_no_gradient_and_changes_none(frozen) -> None:
+    head, hidden, targets = problem()
+    expected = torch.autograd.grad(plain(head, hidden, targets), (hidden, head.weight))
+    (head.weight if frozen == "head" else hidden).requires_grad_(False)
+    head_cross_entropy(head, hidden, targets).backward()
+    for gradient, wanted, name in zip((hidden.grad, head.weight.grad), expected, ("states", "head"), strict=True):
+        if name == frozen:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_gradients_in_float64_by_finite_differences() -> None:
     head, hidden, targets = problem(torch.float64)
     assert torch.autograd.gradcheck(

@@ -52,9 +52,21 @@ def test_v32_costs_its_indexers_more_than_v3_while_every_key_is_chosen():
     # Three indexers: two main layers and the MTP layer.
     difference = training_flops_per_token(sparse, LENGTH) - training_flops_per_token(dense, LENGTH)
     assert difference == pytest.approx(3 * 3 * per_layer)
-    sparse.config.indexer_loss_coef = 0.0
-    difference = training_flops_per_token(sparse, LENGTH) - training_flops_per_token(dense, LENGTH)
+    frozen = FathomForCausalLM(FathomConfig(**{**config.to_dict(), "indexer_loss_coef": 0.0}))
+    difference = training_flops_per_token(frozen, LENGTH) - training_flops_per_token(dense, LENGTH)
     assert difference == pytest.approx(3 * per_layer)
+    # While indexers warm up, the rest runs forward only.
+    for name, parameter in sparse.named_parameters():
+        parameter.requires_grad_(".indexer." in name)
+    warm_up = training_flops_per_token(sparse, LENGTH)
+    assert warm_up == pytest.approx(training_flops_per_token(dense, LENGTH) / 3 + 3 * 3 * per_layer)
+
+
+def test_frozen_matrices_behind_what_learns():
+    """As beside adapters: gradients pass through all of them, and none has one."""
+    language_model = model(attn_implementation="eager").train().requires_grad_(False)
+    language_model.model.layers[0].input_layernorm.requires_grad_(True)
+    check(language_model)
 
 
 @pytest.mark.parametrize(
