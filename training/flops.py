@@ -77,12 +77,13 @@ def keys_read(config, kind: str, length: float) -> float:
 
     if kind in ("mha", "mla"):
         return length / 2
+    past, selects = length, kind in ("dsa", "csa") and not config.index_dense
+    if kind in ("csa", "hca"):
+        past = length / (config.compress_rate_csa if kind == "csa" else config.compress_rate_hca)
+    chosen = newest_or_best(past, config.index_topk) if selects else past / 2
     if kind == "dsa":
-        return newest_or_best(length, config.index_topk)
-    window = newest_or_best(length, config.sliding_window)
-    if kind == "csa":
-        return window + newest_or_best(length / config.compress_rate_csa, config.index_topk)
-    return window + (length / config.compress_rate_hca / 2 if kind == "hca" else 0)
+        return chosen
+    return newest_or_best(length, config.sliding_window) + (0 if kind == "swa" else chosen)
 
 
 def measured_throughput(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:

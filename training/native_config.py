@@ -60,9 +60,16 @@ FIXED: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
     "deepseek_v3": {**_MLA_FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "deepseek_v32": {**_MLA_FIXED, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
+    "deepseek_v32": {
+        **_MLA_FIXED,
+        "index_dense": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "rope_interleave": True,
+    },
     "deepseek_v4": {
         **_ALL_FIXED,
+        "index_dense": False,
         "topk_method": "noaux_tc",
         "norm_topk_prob": True,
         "n_group": 1,

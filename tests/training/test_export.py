@@ -249,6 +249,8 @@ def test_quantised_weights_are_dequantised_on_the_way(tmp_path):
         ("v2", {"scoring_func": "sigmoid"}, "deepseek", "scoring_func='sigmoid'; it knows only 'softmax'"),
         ("v3", {"scoring_func": "softmax"}, "transformers", "scoring_func='softmax'; it knows only 'sigmoid'"),
         ("v3", {"topk_method": "greedy"}, "transformers", "deepseek_v2 cannot express"),
+        ("v3.2", {"index_dense": True}, "transformers", "deepseek_v32 cannot express index_dense=True"),
+        ("v4", {"index_dense": True}, "deepseek", "deepseek_v4 cannot express index_dense=True"),
         ("v3", {"hc_mult": 2}, "transformers", "deepseek_v3 cannot express hc_mult=2; it knows only 1"),
         ("v3", {"swiglu_limit": 7.0}, "transformers", "swiglu_limit=7.0; it knows only None"),
         ("v3", {"mlp_gated": False}, "transformers", "mlp_gated=False; it knows only True"),

@@ -1,5 +1,7 @@
 """Work per token against torch's own count of what a forward and backward pass does."""
 
+import math
+
 import pytest
 import torch
 from tiny_runs import model
@@ -72,18 +74,20 @@ def test_frozen_matrices_behind_what_learns():
 @pytest.mark.parametrize(
     ("kind", "limits"),
     [
-        ("mha", lambda t: t),
-        ("dsa", lambda t: min(t, 30)),
-        ("swa", lambda t: min(t, 20)),
-        ("csa", lambda t: min(t, 20) + min(t / 4, 30)),
-        ("hca", lambda t: min(t, 20) + t / 32),
+        ("mha", lambda t, most: t),
+        ("dsa", lambda t, most: min(t, most)),
+        ("swa", lambda t, most: min(t, 20)),
+        ("csa", lambda t, most: min(t, 20) + min(t / 4, most)),
+        ("hca", lambda t, most: min(t, 20) + t / 32),
     ],
 )
 @pytest.mark.parametrize("length", [16, 1000])
-def test_keys_read_are_the_mean_over_the_text(kind, limits, length):
-    config = FathomConfig.preset("v4", sliding_window=20, index_topk=30)
-    steps = 20000
-    mean = sum(limits(length * (i + 0.5) / steps) for i in range(steps)) / steps
+@pytest.mark.parametrize("dense", [False, True])
+def test_keys_read_are_the_mean_over_the_text(kind, limits, length, dense):
+    """Of a dense model an indexer chooses nothing."""
+    config = FathomConfig.preset("v4", sliding_window=20, index_topk=30, index_dense=dense)
+    steps, most = 20000, math.inf if dense else 30
+    mean = sum(limits(length * (i + 0.5) / steps, most) for i in range(steps)) / steps
     assert keys_read(config, kind, length) == pytest.approx(mean, rel=1e-4)
 
 
