@@ -45,6 +45,12 @@ class FathomCacheLayer(CacheLayerMixin):
         """Forgets all but the first `tokens`, at least one and at most all, exactly."""
         raise NotImplementedError
 
+    def hide(self, hidden: torch.Tensor) -> None:
+        """Turns those of the newest T tokens into padding that `hidden` says, bool [B, T].
+
+        Nothing has to be done where an attention mask decides what is seen; the next one must say the same.
+        """
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest `-tokens_to_remove` tokens, exactly: the next token finds what it would have found then.
 

@@ -116,6 +116,13 @@ class CompressedCacheLayer(FathomCacheLayer):
                 )
         self._drop_newest(removed)
 
+    def hide(self, hidden: torch.Tensor) -> None:
+        """As in `FathomCacheLayer`; also gone are entries that hidden tokens completed."""
+        places = self.tokens["places"]
+        older = hidden.new_zeros(len(places), places.shape[1] - hidden.shape[1])
+        self.tokens["places"] = places.masked_fill(torch.cat((older, hidden), dim=1), NOWHERE)
+        self._remove_premature_entries()
+
     def _held(self, rows: torch.Tensor) -> int:
         """Number of tokens in the rows of a stream."""
         return min(rows.shape[1], int(self.length))
@@ -123,10 +130,13 @@ class CompressedCacheLayer(FathomCacheLayer):
     def _drop_newest(self, removed: int) -> None:
         self.length -= removed
         self.tokens = {name: rows[:, : rows.shape[1] - removed] for name, rows in self.tokens.items()}
+        self._remove_premature_entries()
+        self._forget()
+
+    def _remove_premature_entries(self) -> None:
         if self.entries:
             self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
             self._pack({name: rows[:, :0] for name, rows in self.entries.items()})
-        self._forget()
 
     def _premature_entries(self) -> torch.Tensor:
         """[B, N], True for entries that were completed by tokens which are no longer there."""
@@ -217,11 +227,18 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
             if more := self.room(name) - rows.shape[1]:
                 self.tokens[name] = self.fixed(torch.cat((nothing(name, rows, more), rows), dim=1))
 
+    def hide(self, hidden: torch.Tensor) -> None:
+        newest(self.tokens["places"], hidden.shape[1]).masked_fill_(hidden, NOWHERE)
+        self._remove_premature_entries()
+
     def _drop_newest(self, removed: int) -> None:
         self.length.sub_(removed)
         for name, rows in self.tokens.items():
             kept = rows[:, : rows.shape[1] - removed]
             rows.copy_(torch.cat((nothing(name, rows, rows.shape[1] - kept.shape[1]), kept), dim=1))
+        self._remove_premature_entries()
+
+    def _remove_premature_entries(self) -> None:
         if self.entries:
             self.entries["places"].masked_fill_(self._premature_entries(), NOWHERE)
 

@@ -42,6 +42,7 @@ from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
 from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
+from .drafting import DraftDecoder, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
@@ -397,6 +398,26 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+    def _assisted_decoding(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
+    ):
+        """Drafts by the model's own MTP layers with `use_mtp` (`drafting`), else as in transformers."""
+        if not generation_config.use_mtp:
+            everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+            return super()._assisted_decoding(*everything, **kwargs)
+        check_draft_decoding(self.config, generation_config, kwargs["past_key_values"], synced_gpus)
+        prompt = ("past_key_values", "position_ids", "attention_mask", "inputs_embeds")
+        decoder = DraftDecoder(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            **{name: kwargs[name] for name in prompt if kwargs.get(name) is not None},
+        )
+        output = decoder.run(streamer)
+        return output if generation_config.return_dict_in_generate else output.sequences
 
     def _get_static_cache_init_shape(self) -> None:
         """No shapes for transformers to fill a static cache with: layers start with their first tokens."""

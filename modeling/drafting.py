@@ -1,0 +1,339 @@
+"""Draft decoding: MTP layers guess the next tokens, one forward of the main model checks them all.
+
+`generate(use_mtp=True)`, or `use_mtp` in the generation config. A step reads the newest token and K drafts, K being the
+number of MTP layers, and so knows the main model's choice after each of them. As many drafts as agree are kept, and one
+more token, the main model's own. Greedy decoding gives the text of plain decoding. Sampling gives its distribution
+(arXiv 2211.17192): a draft x, drawn from q, is kept with probability min(1, p(x) / q(x)), and the first that is not is
+replaced by a draw from max(p - q, 0), normalised.
+
+Rows of a batch keep different numbers of drafts. A draft that only its own row refuses stays in the caches as padding;
+columns that are padding in every row are cropped.
+
+MTP layers have caches of their own. At depth k a token's entry needs the token k ahead, which for the last K - 1
+tokens is a draft: these are read again in the next step (`Tail`).
+
+Shapes: B batch, T tokens read at once, K depths, V vocabulary, C columns of the texts.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cache import FathomDynamicCache, cache_layer
+
+# Drafts that are looked back on, and the share of them that has to be kept: below it, plain decoding is faster.
+REMEMBERED_DRAFTS = 64
+WORTHWHILE_SHARE = 0.3
+
+
+@dataclass
+class DraftDecodingOutput(GenerateDecoderOnlyOutput):
+    """What `generate(use_mtp=True, return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences: [B, C].
+        past_key_values: the main model's cache, without the newest token; None with several rows, whose caches hold
+            padding between tokens.
+        forwards: forwards of the main model, the prompt's included.
+        drafted_tokens, accepted_tokens: drafts in all rows, and how many of them were kept.
+    """
+
+    forwards: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
+
+
+class DraftCache(FathomDynamicCache):
+    """Cache of the MTP layers, whose indices follow those of the main layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.first = config.num_hidden_layers
+        self.layers = [cache_layer(config, self.first + depth) for depth in range(config.num_nextn_predict_layers)]
+
+    def fetch(self, layer_idx: int, device: torch.device):
+        return super().fetch(layer_idx - self.first, device)
+
+    def release(self, layer_idx: int) -> None:
+        super().release(layer_idx - self.first)
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
+
+
+class Columns:
+    """A cache, and which of its columns hold tokens of which row."""
+
+    def __init__(self, cache: Cache, real: torch.Tensor):
+        self.cache = cache
+        self.real = real  # bool [B, columns]
+        cache.activate_past_recording()
+
+    def extend(self, real: torch.Tensor) -> torch.Tensor | None:
+        """Says which of the next tokens [B, T] are real, and returns the attention mask; None if nothing is padding."""
+        self.real = torch.cat((self.real, real), dim=1)
+        return None if self.real.all() else self.real.long()
+
+    def forget(self, refused: torch.Tensor) -> None:
+        """Turns those of the newest tokens into padding that `refused` says, bool [B, T]."""
+        everywhere = refused.all(dim=0)
+        trailing = int(everywhere.flip(0).long().cumprod(0).sum())
+        self.real[:, self.real.shape[1] - refused.shape[1] :] &= ~refused
+        self.real = self.real[:, : self.real.shape[1] - trailing]
+        for layer in self.cache.layers:
+            layer.hide(refused)
+        self.cache.crop(-trailing)
+
+
+class Tail(NamedTuple):
+    """Tokens that the MTP layers read again: the last K - 1 of every row."""
+
+    states: torch.Tensor  # [B, K - 1, ...], the main model's
+    columns: torch.Tensor  # [B, K - 1], where they stand in the texts
+    positions: torch.Tensor  # [B, K - 1]
+    real: torch.Tensor  # bool [B, K - 1]
+
+
+class DraftDecoder:
+    """One call of `generate`.
+
+    Args:
+        model: a `FathomForCausalLM` with MTP layers.
+        input_ids: [B, T], padded on the left; with `inputs_embeds` and without ids [B, 0].
+        position_ids: of the prompt and of what the cache holds before it, [B or 1, P + T].
+        attention_mask: the same, 1 for real tokens [B, P + T], or None.
+    """
+
+    def __init__(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        past_key_values: Cache,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ):
+        self.model = model
+        self.process = logits_processor
+        self.stops = stopping_criteria
+        self.samples = generation_config.do_sample
+        self.depths = model.config.num_nextn_predict_layers
+        self.drafting = True
+        batch, device = input_ids.shape[0], input_ids.device
+
+        # The texts; behind `lengths` stand the drafts.
+        room = generation_config.max_length - input_ids.shape[1] + self.depths
+        pad = generation_config._pad_token_tensor
+        self.pad = 0 if pad is None else int(pad)
+        self.texts = torch.cat((input_ids, input_ids.new_full((batch, room), self.pad)), dim=1)
+        self.lengths = torch.full((batch,), input_ids.shape[1], device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.draft_probabilities: list[torch.Tensor] = []
+
+        past = int(past_key_values.get_seq_length())
+        length = position_ids.shape[1] - past
+        self.prompt_embeds = inputs_embeds
+        self.prompt_columns = torch.arange(length, device=device).expand(batch, -1) + (input_ids.shape[1] - length)
+        self.prompt_positions = position_ids[:, past:].expand(batch, -1)
+        # From now on rows advance together in columns and positions.
+        self.offset = self.prompt_positions[:, -1] - self.prompt_columns[:, -1]
+        real = torch.ones(batch, past + length, dtype=torch.bool, device=device)
+        real = real if attention_mask is None else attention_mask.bool()
+        self.prompt_real = real[:, past:]
+        self.main = Columns(past_key_values, real[:, :past])
+        self.drafts = Columns(DraftCache(model.config), real[:, :0])
+        self.tail: Tail | None = None
+        self.figures = {"forwards": 0, "drafted_tokens": 0, "accepted_tokens": 0}
+        self.recent: list[tuple[int, int]] = []
+
+    def run(self, streamer=None) -> DraftDecodingOutput:
+        self.read_prompt(streamer)
+        while self.alive.any():
+            self.step(streamer)
+        if streamer is not None:
+            streamer.end()
+        alone = len(self.texts) == 1
+        return DraftDecodingOutput(
+            sequences=self.texts[:, : int(self.lengths.max())],
+            past_key_values=self.main.cache if alone else None,  # type: ignore[arg-type]
+            **self.figures,
+        )
+
+    def read_prompt(self, streamer) -> None:
+        """Reads the prompt, and chooses the first token."""
+        states, logits = self.read(self.prompt_columns, self.prompt_positions, self.prompt_real, self.prompt_embeds, 1)
+        tokens, _ = self.choose(self.scores(logits))
+        self.accept(tokens, torch.zeros_like(self.lengths), streamer)
+        # Of a prompt given by embeddings only the last token's successor is known.
+        known = self.prompt_columns[0] >= -1
+        last = known.sum() - 1
+        if self.alive.any():
+            self.draft(
+                states[:, known],
+                self.prompt_columns[:, known],
+                self.prompt_positions[:, known],
+                self.prompt_real[:, known],
+                last.expand_as(self.lengths),
+            )
+
+    def step(self, streamer) -> None:
+        """Checks the drafts, accepts what agrees, and drafts again."""
+        depths = self.depths if self.drafting else 0
+        columns = self.lengths[:, None] - 1 + torch.arange(depths + 1, device=self.lengths.device)
+        positions = columns + self.offset[:, None]
+        states, logits = self.read(columns, positions, self.alive[:, None].expand_as(columns), None, depths + 1)
+        tokens, kept = self.choose(self.scores(logits))
+        was_alive = self.alive.clone()
+        self.remember(int(was_alive.sum()) * depths, int(kept[was_alive].sum()))
+        self.accept(tokens, kept, streamer)
+        steps = torch.arange(depths + 1, device=columns.device)
+        real = was_alive[:, None] & (steps <= kept[:, None])
+        self.main.forget(~real)
+        if self.drafting and self.alive.any():
+            self.draft(states, columns, positions, real, kept)
+
+    def read(
+        self,
+        columns: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor,
+        embeds: torch.Tensor | None,
+        logits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the main model: its `final_states`, and the last `logits` tokens' logits in fp32."""
+        ids = self.texts.gather(1, columns) if int(columns.min()) >= 0 else None
+        outputs = self.model.model(
+            input_ids=ids if embeds is None or self.model.model.routes_by_id else None,
+            inputs_embeds=embeds,
+            attention_mask=self.main.extend(real),
+            position_ids=positions,
+            past_key_values=self.main.cache,
+            use_cache=True,
+        )
+        self.figures["forwards"] += 1
+        return outputs.final_states, self.model.lm_head(outputs.last_hidden_state[:, -logits:]).float()
+
+    def scores(self, logits: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Logits [B, T, V] after the processors, every one with the text before it, drafts included."""
+        if not self.process:
+            return logits
+        rows = []
+        for text, length, row in zip(self.texts, self.lengths.tolist(), logits, strict=True):
+            ends = range(length + first, length + first + len(row))
+            rows.append(torch.cat([self.process(text[None, :end], one[None]) for end, one in zip(ends, row)]))
+        return torch.stack(rows)
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens by the scores [B, K + 1, V] that follow the newest token and the K drafts.
+
+        Returns:
+            Tokens [B, K + 1], of which those up to the number of kept drafts [B] count.
+        """
+        depths = scores.shape[1] - 1
+        drafts = self.texts.gather(1, self.lengths[:, None] + torch.arange(depths, device=scores.device))
+        if not self.samples:
+            tokens = scores.argmax(dim=-1)
+            return tokens, (tokens[:, :depths] == drafts).long().cumprod(dim=1).sum(dim=1)
+        p = scores.softmax(dim=-1)
+        q = torch.zeros_like(p)
+        if depths:
+            q[:, :depths] = torch.stack(self.draft_probabilities, dim=1)
+        chances = torch.rand(drafts.shape, device=p.device) * q[:, :depths].gather(2, drafts[..., None])[..., 0]
+        agreed = chances < p[:, :depths].gather(2, drafts[..., None])[..., 0]
+        kept = agreed.long().cumprod(dim=1).sum(dim=1)
+        at = kept[:, None, None].expand(-1, 1, p.shape[-1])
+        rest = (p - q).clamp(min=0).gather(1, at)[:, 0]
+        tokens = torch.cat((drafts, drafts.new_zeros(len(drafts), 1)), dim=1)
+        return tokens.scatter(1, kept[:, None], rest.multinomial(1)), kept
+
+    def accept(self, tokens: torch.Tensor, kept: torch.Tensor, streamer) -> None:
+        """Puts the kept drafts and the main model's token into the texts, up to where a row stops."""
+        for row in self.alive.nonzero().flatten().tolist():
+            start = int(self.lengths[row])
+            for end, token in enumerate(tokens[row, : int(kept[row]) + 1].tolist(), start + 1):
+                self.texts[row, end - 1] = token
+                if self.stops(self.texts[row : row + 1, :end], None).item():
+                    self.alive[row] = False
+                    break
+            self.lengths[row] = end
+            self.texts[row, end : end + self.depths] = self.pad
+            if streamer is not None:
+                streamer.put(self.texts[row, start:end].cpu())
+
+    def draft(
+        self,
+        states: torch.Tensor,
+        columns: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor,
+        last: torch.Tensor,
+    ) -> None:
+        """Lets the MTP layers read what the main model has read, and writes their drafts behind the texts.
+
+        Args:
+            states: `final_states` of the tokens in `columns` [B, T], at `positions` [B, T], if they are `real` [B, T].
+            last: [B], index of every row's last real one.
+        """
+        model, again = self.model.model, self.depths - 1
+        if self.tail is None:
+            nothing = columns[:, :1].expand(-1, again)
+            self.tail = Tail(states[:, :1].expand(-1, again, *states.shape[2:]), nothing, nothing, nothing < nothing)
+        states, columns, positions, real = (
+            torch.cat(both, 1) for both in zip(self.tail, (states, columns, positions, real), strict=True)
+        )
+        rows = torch.arange(len(last), device=last.device)[:, None]
+        newest = last[:, None] + 1 + torch.arange(again, device=last.device)
+        self.tail = Tail(states[rows, newest], columns[rows, newest], positions[rows, newest], real[rows, newest])
+
+        mask = self.drafts.extend(real)
+        inputs: dict | None = None
+        self.draft_probabilities = []
+        for depth, layer in enumerate(model.mtp_layers, start=1):
+            ids = self.texts.gather(1, (columns + depth).clamp(0, self.texts.shape[1] - 1))
+            embeds = model.embed_tokens(ids)
+            if inputs is None:
+                inputs = model.layer_inputs(embeds, mask, positions, self.drafts.cache)
+                inputs.pop("position_ids")
+            output = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
+            states = output.states
+            hidden_states = output.hidden_states[rows, (last + again)[:, None]]
+            scores = self.scores(self.model.lm_head(hidden_states).float(), first=depth - 1)[:, 0]
+            draft = scores.argmax(dim=-1)
+            if self.samples:
+                self.draft_probabilities.append(scores.softmax(dim=-1))
+                draft = self.draft_probabilities[-1].multinomial(1)[:, 0]
+            self.texts.scatter_(1, (self.lengths + depth - 1)[:, None], draft[:, None])
+        refused = ~real
+        refused[rows, newest] = True
+        self.drafts.forget(refused)
+
+    def remember(self, drafted: int, kept: int) -> None:
+        """Counts drafts, and ends drafting where too few of the last ones were kept."""
+        self.figures["drafted_tokens"] += drafted
+        self.figures["accepted_tokens"] += kept
+        self.recent.append((drafted, kept))
+        while sum(drafted for drafted, _ in self.recent[1:]) >= REMEMBERED_DRAFTS:
+            self.recent.pop(0)
+        drafted, kept = (sum(column) for column in zip(*self.recent, strict=True))
+        if drafted >= REMEMBERED_DRAFTS and kept < WORTHWHILE_SHARE * drafted:
+            self.drafting = False
+
+
+def check_draft_decoding(config, generation_config, past_key_values: Cache, synced_gpus: bool) -> None:
+    """Raises ValueError for what draft decoding cannot do, with what can be done instead."""
+    if not config.num_nextn_predict_layers:
+        raise ValueError("use_mtp=True needs MTP layers: this model has num_nextn_predict_layers=0")
+    if not isinstance(past_key_values, FathomDynamicCache):
+        raise ValueError("use_mtp=True needs a cache that can be cropped: leave cache_implementation and use_cache alone")
+    wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    for name in wanted:
+        if getattr(generation_config, name, None):
+            raise ValueError(f"{name}=True is not returned with use_mtp=True; generate without one of them")
+    if synced_gpus:
+        raise ValueError("use_mtp=True does not run with sharded parameters; gather them first, or generate without")
