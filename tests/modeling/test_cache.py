@@ -116,7 +116,9 @@ def test_read_in_any_pieces(generation, form, sizes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [[1] * LENGTH, [20, 13, 7], in_pieces(2, LENGTH)], ids=["one by one", "turns", "mixed"])
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [20, 13, 7], in_pieces(2, LENGTH)], ids=["one by one", "turns", "mixed"]
+)
 @both_forms
 @every_generation
 def test_padding_between_tokens(generation, form, sizes):
