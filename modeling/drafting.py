@@ -159,8 +159,10 @@ class DraftDecoder:
         if streamer is not None:
             streamer.end()
         alone = len(self.texts) == 1
+        texts = self.texts[:, : int(self.lengths.max())]
+        drafts = torch.arange(texts.shape[1], device=texts.device) >= self.lengths[:, None]
         return DraftDecodingOutput(
-            sequences=self.texts[:, : int(self.lengths.max())],
+            sequences=texts.masked_fill(drafts, self.pad),
             past_key_values=self.main.cache if alone else None,  # type: ignore[arg-type]
             **self.figures,
         )
@@ -189,11 +191,11 @@ class DraftDecoder:
         positions = columns + self.offset[:, None]
         states, logits = self.read(columns, positions, self.alive[:, None].expand_as(columns), None, depths + 1)
         tokens, kept = self.choose(self.scores(logits))
-        was_alive = self.alive.clone()
-        self.remember(int(was_alive.sum()) * depths, int(kept[was_alive].sum()))
+        drafted = int(self.alive.sum()) * depths
         self.accept(tokens, kept, streamer)
-        steps = torch.arange(depths + 1, device=columns.device)
-        real = was_alive[:, None] & (steps <= kept[:, None])
+        # The newest token is not in the cache; a row that has stopped before its last draft did not keep the others.
+        real = columns < self.lengths[:, None] - 1
+        self.remember(drafted, int(real[:, 1:].sum()))
         self.main.forget(~real)
         if self.drafting and self.alive.any():
             self.draft(states, columns, positions, real, kept)
@@ -223,11 +225,15 @@ class DraftDecoder:
         """Logits [B, T, V] after the processors, every one with the text before it, drafts included."""
         if not self.process:
             return logits
-        rows = []
-        for text, length, row in zip(self.texts, self.lengths.tolist(), logits, strict=True):
-            ends = range(length + first, length + first + len(row))
-            rows.append(torch.cat([self.process(text[None, :end], one[None]) for end, one in zip(ends, row)]))
-        return torch.stack(rows)
+        processed = torch.empty_like(logits)
+        # All rows at once, as processors may know the rows, and one text length after the other.
+        ends = self.lengths[:, None] + torch.arange(first, first + logits.shape[1], device=logits.device)
+        for end in ends.unique().tolist():
+            rows, columns = (ends == end).nonzero(as_tuple=True)
+            whole = logits[:, 0].clone()
+            whole[rows] = logits[rows, columns]
+            processed[rows, columns] = self.process(self.texts[:, :end], whole)[rows]
+        return processed
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next tokens by the scores [B, K + 1, V] that follow the newest token and the K drafts.
@@ -262,7 +268,6 @@ class DraftDecoder:
                     self.alive[row] = False
                     break
             self.lengths[row] = end
-            self.texts[row, end : end + self.depths] = self.pad
             if streamer is not None:
                 streamer.put(self.texts[row, start:end].cpu())
 
@@ -325,12 +330,14 @@ class DraftDecoder:
             self.drafting = False
 
 
-def check_draft_decoding(config, generation_config, past_key_values: Cache, synced_gpus: bool) -> None:
+def check_draft_decoding(config, generation_config, past_key_values: Cache | None, synced_gpus: bool) -> None:
     """Raises ValueError for what draft decoding cannot do, with what can be done instead."""
     if not config.num_nextn_predict_layers:
         raise ValueError("use_mtp=True needs MTP layers: this model has num_nextn_predict_layers=0")
     if not isinstance(past_key_values, FathomDynamicCache):
-        raise ValueError("use_mtp=True needs a cache that can be cropped: leave cache_implementation and use_cache alone")
+        raise ValueError(
+            "use_mtp=True needs a cache that can be cropped: leave cache_implementation and use_cache alone"
+        )
     wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     for name in wanted:
         if getattr(generation_config, name, None):

@@ -42,7 +42,7 @@ from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
 from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
-from .drafting import DraftDecoder, check_draft_decoding
+from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
@@ -400,7 +400,14 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
 
     def _assisted_decoding(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
     ):
         """Drafts by the model's own MTP layers with `use_mtp` (`drafting`), else as in transformers."""
         if not generation_config.use_mtp:
@@ -416,7 +423,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             generation_config,
             **{name: kwargs[name] for name in prompt if kwargs.get(name) is not None},
         )
-        output = decoder.run(streamer)
+        output = decoder.run(kwargs.get("streamer"))
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _get_static_cache_init_shape(self) -> None:
