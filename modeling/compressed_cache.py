@@ -100,6 +100,12 @@ class CompressedCacheLayer(FathomCacheLayer):
         return self.entries
 
     def _forget(self) -> None:
+        if all(rows.shape[1] <= self.needed(name) for name, rows in self.tokens.items()):
+            return
+        places = self.tokens["places"]
+        # To drop it before tokens, padding behind real ones has to be found.
+        if ((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any():
+            self.tokens = padding_first(self.tokens)
         self.tokens = {name: newest(rows, self.needed(name)) for name, rows in self.tokens.items()}
 
     def activate_past_recording(self) -> None:
@@ -188,9 +194,22 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
         new_tokens = streams["places"].shape[1]
         self.length.add_(new_tokens)
         joined = {name: torch.cat((self.tokens[name], new), 1) for name, new in streams.items()}
-        for name, rows in joined.items():
+        kept = joined if self.record_past else self._without_padding(joined, new_tokens)
+        for name, rows in kept.items():
             self.tokens[name].copy_(newest(rows, self.tokens[name].shape[1]))
         return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
+
+    def _without_padding(self, joined: dict[str, torch.Tensor], new_tokens: int) -> dict[str, torch.Tensor]:
+        """Once tokens are dropped, drops padding first: it may stand behind real tokens."""
+        full = self.length > min(rows.shape[1] for rows in self.tokens.values())
+        if new_tokens > 1:
+            return padding_first(joined, full)
+        # A single one is left out itself, or pushes the oldest out: nothing to sort in every step of decoding.
+        padding = full & (joined["places"][:, -1] == NOWHERE)
+        return {
+            name: torch.where(padding.view(-1, *[1] * (rows.dim() - 1)), rows[:, :-1], rows[:, 1:])
+            for name, rows in joined.items()
+        }
 
     def room(self, name: str) -> int:
         """Number of rows of a stream."""
@@ -244,6 +263,23 @@ def take_rows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def newest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The last `count` tokens of [B, S, ...]; all, if there are fewer."""
     return rows[:, max(rows.shape[1] - count, 0) :]
+
+
+def padding_first(streams: dict[str, torch.Tensor], where: torch.Tensor | bool = True) -> dict[str, torch.Tensor]:
+    """Moves padding to the beginning of every row, so that what is dropped there first is no token.
+
+    Args:
+        streams: rows [B, S, ...] that end with the same token; `places` has the most. A shorter stream holds whatever
+            its user needs, so that rows which it lacks are not asked for.
+        where: bool, whether to move anything.
+    """
+    stays = (streams["places"] != NOWHERE) | ~torch.as_tensor(where)
+    order = stays.to(torch.uint8).sort(dim=1, stable=True).indices
+    most = order.shape[1]
+    return {
+        name: take_rows(rows, (order[:, most - rows.shape[1] :] - (most - rows.shape[1])).clamp(min=0))
+        for name, rows in streams.items()
+    }
 
 
 def token_places(

@@ -115,6 +115,24 @@ def test_read_in_any_pieces(generation, form, sizes):
     assert_same(logits, expected[:1], mask[:1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [20, 13, 7], in_pieces(2, LENGTH)], ids=["one by one", "turns", "mixed"]
+)
+@both_forms
+@every_generation
+def test_padding_between_tokens(generation, form, sizes):
+    """As in the second turn of a batched chat: every row is what it is alone, without any padding."""
+    ours, (ids, mask) = model(generation), batch()
+    mask[0, 20:33] = mask[1, [8, 22, 23, 31]] = mask[2, 16:21] = mask[2, 35:] = 0
+    mask[1, 24:31] = 0
+    ids = ids.masked_fill(mask == 0, 2)
+    logits = read(ours, new_cache(ours, form), ids, mask, sizes)
+    for row, real in enumerate(mask.bool()):
+        alone = ours(ids[row, real][None], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row, real], alone, atol=1e-5, rtol=1e-5)
+
+
 ROWS = torch.tensor([2, 0, 0])
 OPERATIONS = {
     "reorder_cache": (lambda cache: cache.reorder_cache(ROWS), ROWS),

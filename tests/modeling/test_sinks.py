@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import compressed_attention
-from fathom.modeling.cache import DOCUMENT, NOWHERE
 from fathom.modeling.compressed_attention import eager_with_sinks, reach, sdpa_with_sinks
+from fathom.modeling.compressed_cache import DOCUMENT, NOWHERE
 
 SHAPE = {
     "hidden_size": 64,
