@@ -63,7 +63,8 @@ class FathomConfig(PreTrainedConfig):
             `head_dim` is the rotary width, which is what transformers' rotary code expects).
         q_lora_rank, kv_lora_rank: widths of the compressed queries (`None`: not compressed) and keys/values.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of MLA.
-        sliding_window: newest tokens that a query of a `swa`, `csa` or `hca` layer sees one by one, itself included.
+        sliding_window: newest tokens that a query of a `swa`, `csa` or `hca` layer sees one by one, itself included;
+            `None` without such layers.
         compress_rate_csa, compress_rate_hca: older tokens per compressed entry.
         compress_rope_theta: rotary base of `csa` and `hca` layers. YaRN and the like apply to them only, without a
             factor on cosines and sines; `swa` layers have plain RoPE of base `rope_theta`.
@@ -181,6 +182,9 @@ class FathomConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.compresses:
+            # transformers' caches would forget all older tokens, which these layers look at.
+            self.sliding_window = None
         super().__post_init__(**kwargs)
         self._check()
 
@@ -214,20 +218,12 @@ class FathomConfig(PreTrainedConfig):
                 raise ValueError(f"FathomConfig has no field {name!r}{_nearest(name, known)}")
 
         official = generation if generation in OFFICIAL else f"{generation}-{size}"
-        if official in OFFICIAL:
-            return cls(**{**OFFICIAL[official], **overrides})
-        if generation not in GENERATIONS:
-            names = [*GENERATIONS, *OFFICIAL]
-            raise ValueError(f"unknown preset {generation!r}{_nearest(generation, names)}; known: {', '.join(names)}")
-        if size not in SIZES:
-            names = [*SIZES, *(name.split("-", 1)[1] for name in OFFICIAL if name.startswith(f"{generation}-"))]
-            raise ValueError(f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}")
-        shape = dict(SIZES[size])
-        width = overrides.get("hidden_size", shape["hidden_size"])
-        if not isinstance(width, int):
-            raise ValueError(f"hidden_size={width!r} must be a whole number")
-        derived = GENERATIONS[generation](width)
-        return cls(**{"generation": generation, **shape, **derived, **overrides})
+        derived = OFFICIAL[official] if official in OFFICIAL else _derived(generation, size, overrides)
+        config = cls(**{**derived, **overrides})
+        window = overrides.get("sliding_window")
+        if window is not None and not config.compresses:
+            raise ValueError(f"sliding_window={window} is for swa, csa and hca layers; without them set it to None")
+        return config
 
     def token_mixer(self, layer_idx: int) -> str:
         """Kind of token mixing of `model.layers.{layer_idx}`, MTP layers included."""
@@ -392,11 +388,6 @@ class FathomConfig(PreTrainedConfig):
             self._check_mha()
         if self.compresses:
             self._check_compressed()
-        elif self.sliding_window is not None:
-            # transformers' caches would forget all older tokens, which these layers look at.
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is for swa, csa and hca layers; without them set it to None"
-            )
         if self.uses("dsa") or self.uses("csa"):
             self._check_indexer()
         if self.uses("dense"):
@@ -509,6 +500,21 @@ class FathomConfig(PreTrainedConfig):
                 f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
                 f"raise topk_group or lower num_experts_per_tok"
             )
+
+
+def _derived(generation: str, size: str, overrides: dict) -> dict:
+    """The fields of a generation at a size that is none of an official model."""
+    if generation not in GENERATIONS:
+        names = [*GENERATIONS, *OFFICIAL]
+        raise ValueError(f"unknown preset {generation!r}{_nearest(generation, names)}; known: {', '.join(names)}")
+    if size not in SIZES:
+        names = [*SIZES, *(name.split("-", 1)[1] for name in OFFICIAL if name.startswith(f"{generation}-"))]
+        raise ValueError(f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}")
+    shape = dict(SIZES[size])
+    width = overrides.get("hidden_size", shape["hidden_size"])
+    if not isinstance(width, int):
+        raise ValueError(f"hidden_size={width!r} must be a whole number")
+    return {"generation": generation, **shape, **GENERATIONS[generation](width)}
 
 
 def _split_network(name: str, gated: bool) -> dict[str, str]:

@@ -340,6 +340,13 @@ def test_a_window_that_no_layer_has_is_refused(generation):
         FathomConfig.preset(generation, sliding_window=11)
 
 
+def test_a_window_in_a_file_that_no_layer_has_is_forgotten(tmp_path):
+    config = FathomConfig.preset("v3.2")
+    config.sliding_window = 2
+    config.save_pretrained(tmp_path)
+    assert FathomConfig.from_pretrained(tmp_path).sliding_window is None
+
+
 def test_sparse_and_dense_layers_in_one_model():
     config = FathomConfig.preset("v3.2", token_mixers=["mla", "dsa", "mla", "dsa", "mla"])
     assert config.head_dim == config.qk_rope_head_dim
