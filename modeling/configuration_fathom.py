@@ -79,6 +79,7 @@ class FathomConfig(PreTrainedConfig):
         topk_method: `greedy`, `group_limited_greedy` (a group counts by its best expert) or `noaux_tc` (by its best
             two, and with a routing bias).
         n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups; not with `greedy`.
+            Where these have fewer than `num_experts_per_tok`, the others fill up, as in DeepSeek's code.
         norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights. As in DeepSeek's
             code, the greedy methods scale only weights that they have not normalised.
         router_bias_update_speed: step of the routing bias of `noaux_tc` per optimizer step.
@@ -290,7 +291,8 @@ class FathomConfig(PreTrainedConfig):
         has `layer_types`, `mlp_layer_types`, `compress_rates` and one set of rotary parameters per base.
         """
         ratios, rates = kwargs.pop("compress_ratios", None), kwargs.pop("compress_rates", None)
-        if ratios is None and rates is None:
+        named = any(kind in V4_LAYER_TYPES for kind in kwargs.get("layer_types") or ())
+        if ratios is None and rates is None and not named:
             return kwargs
         for kind, rate in (rates or {}).items():
             setattr(self, f"compress_rate_{V4_LAYER_TYPES[kind]}", rate)
@@ -485,7 +487,7 @@ class FathomConfig(PreTrainedConfig):
             self._check_groups()
 
     def _check_groups(self) -> None:
-        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        experts, groups, kept = self.n_routed_experts, self.n_group, self.topk_group
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts={experts} must be a multiple of n_group={groups}")
         if not 1 <= kept <= groups:
@@ -494,11 +496,6 @@ class FathomConfig(PreTrainedConfig):
             raise ValueError(
                 f"n_group={groups} leaves {experts // groups} expert per group, but a group is scored by its best two; "
                 f"set n_group to {experts // 2} or less"
-            )
-        if chosen > kept * (experts // groups):
-            raise ValueError(
-                f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
-                f"raise topk_group or lower num_experts_per_tok"
             )
 
 
