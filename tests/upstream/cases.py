@@ -6,6 +6,9 @@ from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
+from upstream.testers import evaluate_annotations
+
+evaluate_annotations()
 
 
 def has_attribute(thing, name: str) -> bool:
