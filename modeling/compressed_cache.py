@@ -33,14 +33,23 @@ class CompressedCacheLayer(FathomCacheLayer):
     """
 
     def __init__(self, window: int, tail: int):
-        super().__init__()
+        # Not the base's, which sets keys and values: here they are a view.
         self.window = window
         self.tail = tail
         self.is_sliding = tail == 0
         self.record_past = False
+        self.is_initialized = False
         self.length: int | torch.Tensor = 0
         self.tokens: dict[str, torch.Tensor] = {}  # [B, S, ...] of the newest S tokens; S differs, see `needed`
         self.entries: dict[str, torch.Tensor] = {}  # [B, N, ...]
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """[B, 1, S, D], the window's keys, one head for all queries; None before the first token. Not the entries."""
+        return self.tokens["window"].unsqueeze(1) if self.tokens else None
+
+    # A key is its own value.
+    values = keys  # type: ignore[assignment]
 
     def stores(self) -> tuple[dict[str, torch.Tensor], ...]:
         return self.tokens, self.entries

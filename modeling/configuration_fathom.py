@@ -63,7 +63,8 @@ class FathomConfig(PreTrainedConfig):
             `head_dim` is the rotary width, which is what transformers' rotary code expects).
         q_lora_rank, kv_lora_rank: widths of the compressed queries (`None`: not compressed) and keys/values.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths of MLA.
-        sliding_window: newest tokens that a query of a `swa`, `csa` or `hca` layer sees one by one, itself included.
+        sliding_window: newest tokens that a query of a `swa`, `csa` or `hca` layer sees one by one, itself included;
+            `None` without such layers.
         compress_rate_csa, compress_rate_hca: older tokens per compressed entry.
         compress_rope_theta: rotary base of `csa` and `hca` layers. YaRN and the like apply to them only, without a
             factor on cosines and sines; `swa` layers have plain RoPE of base `rope_theta`.
@@ -80,6 +81,7 @@ class FathomConfig(PreTrainedConfig):
         topk_method: `greedy`, `group_limited_greedy` (a group counts by its best expert) or `noaux_tc` (by its best
             two, and with a routing bias).
         n_group, topk_group: experts are routed within the best `topk_group` of `n_group` groups; not with `greedy`.
+            Where these have fewer than `num_experts_per_tok`, the others fill up, as in DeepSeek's code.
         norm_topk_prob, routed_scaling_factor: normalisation and scale of the chosen experts' weights. As in DeepSeek's
             code, the greedy methods scale only weights that they have not normalised.
         router_bias_update_speed: step of the routing bias of `noaux_tc` per optimizer step.
@@ -187,6 +189,9 @@ class FathomConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.compresses:
+            # transformers' caches would forget all older tokens, which these layers look at.
+            self.sliding_window = None
         super().__post_init__(**kwargs)
         self._check()
 
@@ -220,20 +225,12 @@ class FathomConfig(PreTrainedConfig):
                 raise ValueError(f"FathomConfig has no field {name!r}{_nearest(name, known)}")
 
         official = generation if generation in OFFICIAL else f"{generation}-{size}"
-        if official in OFFICIAL:
-            return cls(**{**OFFICIAL[official], **overrides})
-        if generation not in GENERATIONS:
-            names = [*GENERATIONS, *OFFICIAL]
-            raise ValueError(f"unknown preset {generation!r}{_nearest(generation, names)}; known: {', '.join(names)}")
-        if size not in SIZES:
-            names = [*SIZES, *(name.split("-", 1)[1] for name in OFFICIAL if name.startswith(f"{generation}-"))]
-            raise ValueError(f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}")
-        shape = dict(SIZES[size])
-        width = overrides.get("hidden_size", shape["hidden_size"])
-        if not isinstance(width, int):
-            raise ValueError(f"hidden_size={width!r} must be a whole number")
-        derived = GENERATIONS[generation](width)
-        return cls(**{"generation": generation, **shape, **derived, **overrides})
+        derived = OFFICIAL[official] if official in OFFICIAL else _derived(generation, size, overrides)
+        config = cls(**{**derived, **overrides})
+        window = overrides.get("sliding_window")
+        if window is not None and not config.compresses:
+            raise ValueError(f"sliding_window={window} is for swa, csa and hca layers; without them set it to None")
+        return config
 
     def token_mixer(self, layer_idx: int) -> str:
         """Kind of token mixing of `model.layers.{layer_idx}`, MTP layers included."""
@@ -300,7 +297,8 @@ class FathomConfig(PreTrainedConfig):
         has `layer_types`, `mlp_layer_types`, `compress_rates` and one set of rotary parameters per base.
         """
         ratios, rates = kwargs.pop("compress_ratios", None), kwargs.pop("compress_rates", None)
-        if ratios is None and rates is None:
+        named = any(kind in V4_LAYER_TYPES for kind in kwargs.get("layer_types") or ())
+        if ratios is None and rates is None and not named:
             return kwargs
         for kind, rate in (rates or {}).items():
             setattr(self, f"compress_rate_{V4_LAYER_TYPES[kind]}", rate)
@@ -398,11 +396,6 @@ class FathomConfig(PreTrainedConfig):
             self._check_mha()
         if self.compresses:
             self._check_compressed()
-        elif self.sliding_window is not None:
-            # transformers' caches would forget all older tokens, which these layers look at.
-            raise ValueError(
-                f"sliding_window={self.sliding_window} is for swa, csa and hca layers; without them set it to None"
-            )
         if self.uses("dsa") or self.uses("csa"):
             self._check_indexer()
         if self.uses("dense"):
@@ -500,7 +493,7 @@ class FathomConfig(PreTrainedConfig):
             self._check_groups()
 
     def _check_groups(self) -> None:
-        experts, groups, kept, chosen = self.n_routed_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        experts, groups, kept = self.n_routed_experts, self.n_group, self.topk_group
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts={experts} must be a multiple of n_group={groups}")
         if not 1 <= kept <= groups:
@@ -510,11 +503,21 @@ class FathomConfig(PreTrainedConfig):
                 f"n_group={groups} leaves {experts // groups} expert per group, but a group is scored by its best two; "
                 f"set n_group to {experts // 2} or less"
             )
-        if chosen > kept * (experts // groups):
-            raise ValueError(
-                f"num_experts_per_tok={chosen} does not fit topk_group={kept} groups of {experts // groups} experts; "
-                f"raise topk_group or lower num_experts_per_tok"
-            )
+
+
+def _derived(generation: str, size: str, overrides: dict) -> dict:
+    """The fields of a generation at a size that is none of an official model."""
+    if generation not in GENERATIONS:
+        names = [*GENERATIONS, *OFFICIAL]
+        raise ValueError(f"unknown preset {generation!r}{_nearest(generation, names)}; known: {', '.join(names)}")
+    if size not in SIZES:
+        names = [*SIZES, *(name.split("-", 1)[1] for name in OFFICIAL if name.startswith(f"{generation}-"))]
+        raise ValueError(f"unknown size {size!r} of {generation}{_nearest(size, names)}; known: {', '.join(names)}")
+    shape = dict(SIZES[size])
+    width = overrides.get("hidden_size", shape["hidden_size"])
+    if not isinstance(width, int):
+        raise ValueError(f"hidden_size={width!r} must be a whole number")
+    return {"generation": generation, **shape, **GENERATIONS[generation](width)}
 
 
 def _split_network(name: str, gated: bool) -> dict[str, str]:

@@ -139,15 +139,14 @@ class OfficialNames(WeightRenaming):
         return OfficialNames(self.config, name_on_disk if self.rename is name_in_memory else name_in_memory)
 
 
-def fuse_experts() -> list[WeightConverter]:
-    """One tensor per expert matrix on disk, from and to the fused parameters in memory."""
+def fuse_experts(mlp: str = "mlp", matrices: tuple = ("gate_proj", "up_proj", "down_proj")) -> list[WeightConverter]:
+    """One tensor per expert matrix on disk, of these names, from and to the fused parameters in memory."""
+    gate, up, down = (f"{mlp}.experts.*.{matrix}.weight" for matrix in matrices)
     return [
         WeightConverter(
-            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            "mlp.experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            [gate, up], "mlp.experts.gate_up_proj", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]
         ),
-        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
+        WeightConverter(down, "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
     ]
 
 
@@ -230,5 +229,10 @@ def _read_official_names(module: nn.Module, state_dict: dict, prefix: str, *_) -
         state_dict[name_in_memory(name, module.config).removeprefix(inner)] = state_dict.pop(name)
 
 
-# Also where transformers looks for the layout of a model without having one, as PEFT's conversion of adapters does.
-register_checkpoint_conversion_mapping("fathom", fuse_experts(), overwrite=True)
+# Also where transformers looks for the layout of a model without having one, as PEFT's conversion of adapters does. It
+# takes both names on disk, for it knows no config: patterns that only read, `_weight_conversions` are those that write.
+register_checkpoint_conversion_mapping(
+    "fathom",
+    fuse_experts("(?:mlp|ffn)", ("(?:gate_proj|w1)", "(?:up_proj|w3)", "(?:down_proj|w2)")),
+    overwrite=True,
+)

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -528,18 +529,21 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         terms = LossTerms(next_token, balance_loss=outputs.balance_loss)
         reports = [(outputs.indexer_reports, targets)]
         if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
-            drafts = self.draft(outputs.final_states, inputs_embeds, attention_mask, position_ids, labels, **kwargs)
-            losses = [
-                head_cross_entropy(self.lm_head, draft.hidden_states, ahead, num_items) for draft, ahead in drafts
-            ]
-            counts, balance_loss = self.model.collect_routing([draft for draft, _ in drafts])
+            drafts, losses = [], []
+            # The loss of a depth before the next depth: gradients add up in the same order when a layer is recomputed.
+            for draft, ahead in self.drafts(
+                outputs.final_states, inputs_embeds, attention_mask, position_ids, labels, **kwargs
+            ):
+                drafts.append(draft)
+                losses.append(head_cross_entropy(self.lm_head, draft.hidden_states, ahead, num_items))
+                reports.append((stack_reports([draft]), ahead))
+            counts, balance_loss = self.model.collect_routing(drafts)
             if balance_loss is not None:
                 balance_loss = balance_loss if terms.balance_loss is None else terms.balance_loss + balance_loss
             terms = terms._replace(mtp_loss=torch.stack(losses).mean(), draft_counts=counts, balance_loss=balance_loss)
-            reports += [(stack_reports([draft]), ahead) for draft, ahead in drafts]
         return terms._replace(indexer_figures=indexer_figures(reports, num_items))
 
-    def draft(
+    def drafts(
         self,
         states: torch.Tensor,
         inputs_embeds: torch.Tensor,
@@ -548,11 +552,10 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         **kwargs,
-    ) -> list[tuple[DraftOutput, torch.Tensor]]:
+    ) -> Iterator[tuple[DraftOutput, torch.Tensor]]:
         """Runs the MTP layers on the main model's `final_states`: what each returns, and its targets [B, T]."""
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
-        drafts: list[tuple[DraftOutput, torch.Tensor]] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
             output = DraftOutput(
                 *layer(
@@ -564,8 +567,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 )
             )
             states = output.states
-            drafts.append((output, targets_ahead(labels, position_ids, depth)))
-        return drafts
+            yield output, targets_ahead(labels, position_ids, depth)
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""

@@ -138,7 +138,7 @@ class FathomTrainer(Trainer):
     @property
     def is_language_model(self) -> bool:
         """Whether the model is Fathom's language model: of its models that alone drafts."""
-        return hasattr(self.model, "draft")
+        return hasattr(self.model, "drafts")
 
     @property
     def interrupted(self) -> bool:

@@ -147,7 +147,7 @@ def test_grouped_queries_equal_pytorch(attn_implementation, key_heads):
     shared = [head // (8 // key_heads) for head in range(8)]
     expected = F.scaled_dot_product_attention(query, key[:, shared], value[:, shared], is_causal=True)
     expected = attention.o_proj(expected.transpose(1, 2).flatten(2))
-    output, _ = attention(hidden, None, visible(1, 9, 9))
+    output, *_ = attention(hidden, None, visible(1, 9, 9))
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 

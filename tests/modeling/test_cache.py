@@ -256,6 +256,20 @@ def test_bytes_are_those_of_the_formula(generation, form, dtype):
 
 
 @torch.no_grad()
+@torch.no_grad()
+@both_forms
+def test_keys_of_a_window_can_be_looked_at(form):
+    """As transformers' own tests of generation do, [B, key heads, S, D]; a key is its own value."""
+    ours, (ids, mask) = model("v4"), batch()
+    cache = new_cache(ours, form)
+    read(ours, cache, ids, mask, [LENGTH])
+    for layer in cache.layers:
+        seen = layer.keys[:, :, -(ours.config.sliding_window - 1) :]
+        assert seen.shape == (len(ids), 1, ours.config.sliding_window - 1, ours.config.head_dim)
+        assert seen.abs().amin(dim=(0, 1, 3)).gt(0).all()
+        assert torch.equal(layer.keys, layer.values)
+
+
 def test_places_are_the_only_bookkeeping():
     """One int64 for every token of the window or of what blocks need, and one per entry."""
     ours = model("v4")

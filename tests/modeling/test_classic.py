@@ -42,12 +42,12 @@ def test_attention_by_hand():
     # 360.7 apart, so the softmax puts all but e^-360 on token 1; token 2 likewise on itself.
     mask = torch.full((3, 3), float("-inf"), dtype=torch.float64).triu(1)[None, None]
     attention.o_proj = torch.nn.Identity()
-    output, weights = attention(x, None, mask)
+    output, weights, _ = attention(x, None, mask)
     torch.testing.assert_close(weights[0, 0], torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(output[0], torch.tensor(value, dtype=torch.float64))
 
     # A hundredth of X gives soft weights: token 1's scores differ by (854.28 - 344.2) / 100^2 / sqrt(2) = 0.036068.
-    output, weights = attention(x / 100, None, mask)
+    output, weights, _ = attention(x / 100, None, mask)
     difference = 0.051008 / math.sqrt(2)
     later = 1 / (1 + math.exp(-difference))
     torch.testing.assert_close(

@@ -160,7 +160,6 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0}
         ({"n_group": 3}, "n_routed_experts=16 must be a multiple of n_group=3"),
         ({"n_group": 4, "topk_group": 5}, "topk_group=5 must be between 1 and n_group=4"),
         ({"n_group": 16, "topk_group": 8}, "set n_group to 8 or less"),
-        ({"n_group": 8, "topk_group": 1}, "raise topk_group or lower num_experts_per_tok"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must be 0 or more"),
         ({"pad_token_id": 4096}, "pad_token_id=4096 must be below vocab_size=4096; raise vocab_size"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
@@ -338,6 +337,28 @@ def test_a_window_that_no_layer_has_is_refused(generation):
     """transformers' caches would drop the tokens beyond it, and decoding differ from prefill."""
     with pytest.raises(ValueError, match="sliding_window=11 is for swa, csa and hca layers"):
         FathomConfig.preset(generation, sliding_window=11)
+
+
+def test_transformers_names_of_v4_layers_are_enough():
+    """As transformers' own tests of V4 say them: without `compress_rates`, whose defaults are ours."""
+    kinds = ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"]
+    config = FathomConfig.preset(
+        "v4", num_hidden_layers=3, num_nextn_predict_layers=0, token_mixers=None, channel_mixers=None
+    )
+    named = FathomConfig(
+        **{**config.to_dict(), "token_mixers": None},
+        layer_types=kinds,
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+    )
+    assert named.token_mixers == ["swa", "hca", "csa"]
+    assert named.channel_mixers == ["hash", "moe", "moe"]
+
+
+def test_a_window_in_a_file_that_no_layer_has_is_forgotten(tmp_path):
+    config = FathomConfig.preset("v3.2")
+    config.sliding_window = 2
+    config.save_pretrained(tmp_path)
+    assert FathomConfig.from_pretrained(tmp_path).sliding_window is None
 
 
 def test_sparse_and_dense_layers_in_one_model():

@@ -46,6 +46,7 @@ VARIANTS = {
     "plain": {},
     "no q_lora": {"q_lora_rank": None},
     "groups": {"n_group": 4, "topk_group": 2},
+    "groups of too few experts": {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 8},
     "yarn": {"rope_parameters": YARN},
     "halves": {"rope_interleave": False},
     "no renormalisation": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},

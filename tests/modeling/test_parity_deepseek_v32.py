@@ -176,7 +176,8 @@ def test_gradients_equal_stock(variant):
     theirs = dict(stock.named_parameters())
     for name, parameter in ours.named_parameters():
         if ".indexer." in name:
-            assert parameter.grad is None
+            # No term of the loss is theirs outside of training; their keys stand in one tensor with MLA's in a cache.
+            assert parameter.grad is None or not parameter.grad.any()
             assert theirs[name].grad is None
             continue
         torch.testing.assert_close(

@@ -1,10 +1,26 @@
 """transformers' mixins put together, with what every model here has in common."""
 
 import torch
+from transformers_tests import test_modeling_common
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
+from upstream.testers import evaluate_annotations
+
+evaluate_annotations()
+
+
+def has_attribute(thing, name: str) -> bool:
+    """`hasattr`, but for a window that is None.
+
+    The mixin gives a window of 2 to every configuration that has the field. Ours has it in every generation, and
+    refuses it where no layer has windows.
+    """
+    return hasattr(thing, name) and (name != "sliding_window" or thing.sliding_window is not None)
+
+
+test_modeling_common.hasattr = has_attribute
 
 
 class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
@@ -33,7 +49,7 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
 
 
 class IndexerTests(ModelTests):
-    """A choice of keys has no gradient, so the language-modelling loss does not reach what chooses."""
+    """A choice of keys has no gradient, and transformers has no loss for what chooses."""
 
     test_all_params_have_gradient = False
 

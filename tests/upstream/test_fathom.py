@@ -31,8 +31,10 @@ class TestV3(ModelTests, unittest.TestCase):
 
 
 class TestV32(IndexerTests, unittest.TestCase):
+    test_all_params_have_gradient = True
     make_tester = staticmethod(lambda: same_as_stock("DeepseekV32", num_nextn_predict_layers=1))
 
 
 class TestV4(CompressedTests, unittest.TestCase):
+    test_all_params_have_gradient = True
     make_tester = staticmethod(lambda: same_as_stock("DeepseekV4", num_nextn_predict_layers=1))

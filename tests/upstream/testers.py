@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.models.auto import modeling_auto
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from fathom import (
     FathomConfig,
@@ -139,3 +142,10 @@ def register_class_names() -> None:
         strict=True,
     ):
         names["fathom"] = model_class.__name__
+
+
+def evaluate_annotations() -> None:
+    """The mixins read from an annotation whether attentions can be asked for. That of transformers' classifiers, of all
+    models, is text: the comparison of attentions under eager and SDPA would skip every model that has classifiers."""
+    for classifier in (GenericForSequenceClassification, GenericForTokenClassification):
+        classifier.forward.__annotations__["kwargs"] = Unpack[TransformersKwargs]
