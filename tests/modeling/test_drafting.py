@@ -1,0 +1,198 @@
+"""Draft decoding: the text or the distribution of plain decoding, whatever is accepted; drafts as in training."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from generations import model
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from fathom import FathomForCausalLM
+from fathom.modeling import drafting
+from fathom.modeling.drafting import DraftDecodingOutput
+
+every_generation = pytest.mark.parametrize("generation", ["v3", "v3.2", "v4"])
+every_depth = pytest.mark.parametrize("depths", [1, 2, 3])
+NEW = 40
+
+
+VOCABULARY = 12
+
+
+@functools.cache
+def drafter(generation: str, depths: int) -> FathomForCausalLM:
+    """Has begun to learn to count in steps of 1 to 3, from noisy texts: some of its drafts are right, some are not."""
+    ours = model(generation, num_nextn_predict_layers=depths, vocab_size=VOCABULARY, pad_token_id=0).train()
+    optimizer, random = torch.optim.AdamW(ours.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
+    for _ in range(30):
+        start, step = (torch.randint(1, high, (8, 1), generator=random) for high in (VOCABULARY, 4))
+        texts = (start + step * torch.arange(24)) % (VOCABULARY - 1) + 1
+        noise = torch.randint(1, VOCABULARY, texts.shape, generator=random)
+        texts = texts.where(torch.rand(texts.shape, generator=random) > 0.1, noise)
+        ours(texts, labels=texts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ours.eval()
+
+
+def prompts(rows: int = 4, length: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(rows))
+    mask = (torch.arange(length) >= torch.tensor([0, 5, 2, 9])[:rows, None]).long()
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def drafted(ours: FathomForCausalLM, ids: torch.Tensor, mask: torch.Tensor, **settings) -> DraftDecodingOutput:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **settings}
+    return ours.generate(ids, attention_mask=mask, use_mtp=True, return_dict_in_generate=True, **settings)
+
+
+@pytest.fixture(autouse=True)
+def always_drafts(monkeypatch):
+    """Random weights draft badly; the decoder would soon stop."""
+    monkeypatch.setattr(drafting, "WORTHWHILE_SHARE", 0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["alone", "batch"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eos_token_id": 3}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3}],
+    ids=["", "until a token", "processors"],
+)
+@every_depth
+@every_generation
+def test_greedy_text_is_the_same(generation, depths, settings, rows):
+    ours, (ids, mask) = drafter(generation, depths), prompts(rows)
+    plain = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **settings}
+    expected = ours.generate(ids, attention_mask=mask, **plain)
+    output = drafted(ours, ids, mask, **settings)
+    assert torch.equal(output.sequences, expected)
+    if "eos_token_id" not in settings:
+        assert 0 < output.accepted_tokens <= output.drafted_tokens
+        assert output.forwards < NEW
+        if rows == 1:
+            assert output.forwards + output.accepted_tokens == NEW
+
+
+@torch.no_grad()
+def drafts_without_cache(ours: FathomForCausalLM, text: list[int]) -> list[int]:
+    """What the MTP layers guess after a text whose last token the main model has just chosen."""
+    known = torch.tensor([text])
+    states, read = ours.model(known[:, :-1], use_cache=False).final_states, len(text) - 1
+    for depth, layer in enumerate(ours.model.mtp_layers, start=1):
+        ahead = known[:, depth : depth + read]
+        embeds = ours.model.embed_tokens(ahead)
+        inputs = ours.model.layer_inputs(embeds, None, torch.arange(read)[None], None)
+        inputs.pop("position_ids")
+        output = layer(states, embeds, input_ids=ahead, **inputs)
+        states = output.states
+        known = torch.cat((known, ours.lm_head(output.hidden_states[:, -1:]).argmax(-1)), dim=1)
+    return known[0, len(text) :].tolist()
+
+
+@every_depth
+@every_generation
+def test_drafts_are_those_of_a_forward_without_caches(generation, depths):
+    ours, (ids, mask) = drafter(generation, depths), prompts(1)
+    output = drafted(ours, ids, mask, max_new_tokens=NEW)
+    text, end = output.sequences[0].tolist(), ids.shape[1] + 1
+    forwards = accepted = 0
+    while end < len(text):
+        guesses, truth = drafts_without_cache(ours, text[:end]), text[end:]
+        kept = len(list(itertools.takewhile(lambda both: both[0] == both[1], zip(guesses, truth, strict=False))))
+        # Drafts beyond the end of the text cannot be compared: there, stop counting.
+        if end + depths >= len(text):
+            break
+        forwards, accepted, end = forwards + 1, accepted + kept, end + kept + 1
+    stopped = drafted(ours, ids, mask, max_new_tokens=end - ids.shape[1])
+    assert (stopped.forwards, stopped.accepted_tokens) == (forwards + 1, accepted)
+    assert accepted > 0
+
+
+@pytest.mark.parametrize(("generation", "depths"), [("v3", 1), ("v3.2", 2), ("v4", 1)])
+def test_sampling_has_the_distribution_of_plain_sampling(generation, depths):
+    """Chi-square of all texts of three tokens, of a vocabulary of five, against their exact probabilities."""
+    ours = model(generation, num_nextn_predict_layers=depths, vocab_size=5, pad_token_id=0, initializer_range=0.25)
+    ids, count = torch.tensor([[1, 2, 3, 4, 1, 2]]), 4000
+    settings = {"do_sample": True, "max_new_tokens": 3, "temperature": 0.8, "top_k": 4}
+    torch.manual_seed(0)
+    rows = ids.repeat(count // 8, 1)
+    outputs = [drafted(ours, rows, torch.ones_like(rows), **settings) for _ in range(8)]
+    assert sum(output.accepted_tokens for output in outputs) > count / 10
+    found = torch.cat([output.sequences[:, 6:] for output in outputs])
+
+    texts = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    with torch.no_grad():
+        logits = ours(torch.cat((ids.repeat(125, 1), texts), 1)).logits[:, 5:8] / 0.8
+    smallest = logits.topk(4, dim=-1).values[..., -1:]
+    chances = logits.masked_fill(logits < smallest, float("-inf")).softmax(-1)
+    expected = chances.gather(2, texts[..., None])[..., 0].prod(1) * count
+    observed = (found[:, None] == texts).all(-1).sum(0)
+    assert observed[expected == 0].sum() == 0
+    common = expected >= 5
+    expected = torch.cat((expected[common], expected[~common].sum()[None]))
+    observed = torch.cat((observed[common], observed[~common].sum()[None]))
+    freedom = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    # The normal approximation of Wilson and Hilferty, one-sided at 1 in 1000; the seed is fixed.
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < limit, (statistic, limit)
+
+
+def test_drafting_ends_where_too_little_is_kept(monkeypatch):
+    monkeypatch.setattr(drafting, "WORTHWHILE_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "REMEMBERED_DRAFTS", 8)
+    ours, (ids, mask) = drafter("v3", 1), prompts(1)
+    output = drafted(ours, ids, mask)
+    assert 8 <= output.drafted_tokens < 16
+    assert output.forwards == NEW - output.accepted_tokens
+    assert torch.equal(output.sequences, ours.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None))
+
+
+class Pieces(BaseStreamer):
+    def __init__(self):
+        self.pieces: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.flatten())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@every_generation
+def test_streams_every_token_once(generation):
+    ours, (ids, mask), streamer = drafter(generation, 2), prompts(1), Pieces()
+    output = drafted(ours, ids, mask, streamer=streamer)
+    assert streamer.ended
+    assert torch.cat(streamer.pieces).tolist() == output.sequences[0].tolist()
+    assert len(streamer.pieces) == output.forwards + 1
+
+
+@every_generation
+def test_goes_on_with_a_filled_cache_and_from_embeddings(generation):
+    ours, (ids, mask) = drafter(generation, 2), prompts(1)
+    expected = ours.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    cache = DynamicCache(config=ours.config)
+    first = drafted(ours, ids, mask, past_key_values=cache, max_new_tokens=15)
+    assert first.past_key_values is cache
+    assert cache.get_seq_length() == ids.shape[1] + 14
+    whole = drafted(ours, first.sequences, torch.ones_like(first.sequences), past_key_values=cache, max_new_tokens=25)
+    assert torch.equal(whole.sequences, expected)
+
+    embeds = ours.model.embed_tokens(ids)
+    if not ours.config.uses("hash"):
+        alone = drafted(ours, None, mask, inputs_embeds=embeds).sequences
+        assert torch.equal(alone, expected[:, ids.shape[1] :])
+
+
+def test_what_it_cannot_do_is_said():
+    ours, (ids, mask) = drafter("v3", 1), prompts(1)
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=0"):
+        drafted(model("v3", num_nextn_predict_layers=0), ids, mask)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        drafted(ours, ids, mask, cache_implementation="static")
+    with pytest.raises(ValueError, match="output_scores=True"):
+        drafted(ours, ids, mask, output_scores=True)
