@@ -401,20 +401,13 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
 
     def _assisted_decoding(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ):
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
+    ) -> DraftDecodingOutput | torch.Tensor:
         """Drafts by the model's own MTP layers with `use_mtp` (`drafting`), else as in transformers."""
         if not generation_config.use_mtp:
-            everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+            everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus)
             return super()._assisted_decoding(*everything, **kwargs)
-        check_draft_decoding(self.config, generation_config, kwargs["past_key_values"], synced_gpus)
+        check_draft_decoding(self.config, generation_config, kwargs.get("past_key_values"), synced_gpus)
         prompt = ("past_key_values", "position_ids", "attention_mask", "inputs_embeds")
         decoder = DraftDecoder(
             self,
