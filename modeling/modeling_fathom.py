@@ -77,6 +77,9 @@ class FathomPreTrainedModel(PreTrainedModel):
             # No fused kernel takes sinks and entries: attention is computed as it is written, under "sdpa" too.
             self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
+        if not config.num_nextn_predict_layers:
+            # accelerate refuses to shard a model that lacks a class named here.
+            self._no_split_modules = ["FathomDecoderLayer"]
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
         self._keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\."]
 
@@ -127,7 +130,14 @@ class FathomPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(*args, **kwargs)
+        actual = type(self)
+        if actual.__name__.startswith("FSDP"):
+            # A class that torch made of itself and ours; transformers would save torch's file as the model's code.
+            self.__class__ = actual.__mro__[2]
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = actual
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers. New token ids also get experts in layers that route by id."""

@@ -286,12 +286,19 @@ class TestFinding:
         run = model.parent
         for step in (9, 10, 100):
             folder = shutil.copytree(model, run / f"checkpoint-{step}")
-            (folder / "trainer_state.json").write_text("{}")
+            for name in ("trainer_state.json", "run.json", "scheduler.pt", "optimizer.pt"):
+                (folder / name).write_text("{}")
         assert latest_checkpoint(run) == run / "checkpoint-100"
         (run / "checkpoint-100" / "trainer_state.json").unlink()
         assert latest_checkpoint(run) == run / "checkpoint-10"
         assert "skipping an incomplete checkpoint" in capsys.readouterr().out
         os.truncate(run / "checkpoint-10" / "model.safetensors", 500)
+        assert latest_checkpoint(run) == run / "checkpoint-9"
+        for name in ("scheduler.pt", "optimizer.pt", "run.json"):
+            content = (run / "checkpoint-9" / name).read_bytes()
+            (run / "checkpoint-9" / name).unlink()
+            assert latest_checkpoint(run) is None
+            (run / "checkpoint-9" / name).write_bytes(content)
         assert latest_checkpoint(run) == run / "checkpoint-9"
         (run / "checkpoint-9" / "trainer_state.json").write_text("{")
         assert latest_checkpoint(run) is None

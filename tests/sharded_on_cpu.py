@@ -1,0 +1,51 @@
+"""`torchrun sharded_on_cpu.py RUNS`: verbs under FSDP2 on CPU processes, as accelerate runs them on GPUs.
+
+accelerate shards on accelerators only and runs plain DDP on CPUs (`AcceleratorState.__init__`). Taken for GPUs at that
+one place, CPU processes go all the way that GPUs go, over gloo. RUNS is a JSON list of
+
+    {"environment": {...}, "words": [...],
+     "copy": [from, to],         a folder copied before the run, optional
+     "few_experts": true}        rank R sends all tokens to experts K R ... K R + K - 1, optional
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from fathom.modeling.experts import TopKRouter
+from fathom.scripts import cli
+
+of_accelerate = AcceleratorState.__init__
+
+
+def taken_for_gpus(self, *args, **kwargs) -> None:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    of_accelerate(self, *args, **kwargs)
+
+
+def few_experts(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+    return (torch.arange(self.top_k) + self.top_k * dist.get_rank()).expand(len(scores), -1)
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = taken_for_gpus  # type: ignore[method-assign]
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ.update(run["environment"])
+        if "copy" in run:
+            if os.environ["RANK"] == "0":
+                shutil.copytree(*run["copy"])
+            dist.barrier()
+        chosen = few_experts if run.get("few_experts") else TopKRouter.choose
+        with mock.patch.object(TopKRouter, "choose", chosen):
+            if code := cli.main(run["words"]):
+                sys.exit(code)
