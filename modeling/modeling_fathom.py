@@ -490,6 +490,9 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         """Runs the MTP layers on the main model's `final_states`: what each returns, and its targets [B, T]."""
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
+        if (token_mask := layer_inputs["token_mask"]) is not None:
+            # What a row's last tokens find behind it is nothing, padded or not.
+            inputs_embeds = inputs_embeds.masked_fill(~token_mask.unsqueeze(-1), 0)
         drafts: list[tuple[DraftOutput, torch.Tensor]] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
             output = DraftOutput(

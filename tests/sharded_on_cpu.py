@@ -5,10 +5,13 @@ one place, CPU processes go all the way that GPUs go, over gloo. RUNS is a JSON 
 
     {"environment": {...}, "words": [...],
      "copy": [from, to],         a folder copied before the run, optional
-     "few_experts": true}        rank R sends all tokens to experts K R ... K R + K - 1, optional
+     "few_experts": true,        rank R sends all tokens to experts K R ... K R + K - 1, optional
+     "nan_on_rank_1": true,      its experts return NaN, optional
+     "code": 1}                  with which the verb must end, if not 0
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,10 +23,11 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from fathom.modeling.experts import TopKRouter
+from fathom.modeling.experts import RoutedExperts, TopKRouter
 from fathom.scripts import cli
 
 of_accelerate = AcceleratorState.__init__
+of_experts = RoutedExperts.forward
 
 
 def taken_for_gpus(self, *args, **kwargs) -> None:
@@ -37,6 +41,10 @@ def few_experts(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> t
     return (torch.arange(self.top_k) + self.top_k * dist.get_rank()).expand(len(scores), -1)
 
 
+def nan_on_rank_1(self, *args, **kwargs) -> torch.Tensor:
+    return of_experts(self, *args, **kwargs) * (math.nan if dist.get_rank() == 1 else 1.0)
+
+
 if __name__ == "__main__":
     AcceleratorState.__init__ = taken_for_gpus  # type: ignore[method-assign]
     for run in json.loads(Path(sys.argv[1]).read_text()):
@@ -46,6 +54,8 @@ if __name__ == "__main__":
                 shutil.copytree(*run["copy"])
             dist.barrier()
         chosen = few_experts if run.get("few_experts") else TopKRouter.choose
-        with mock.patch.object(TopKRouter, "choose", chosen):
-            if code := cli.main(run["words"]):
-                sys.exit(code)
+        experts = nan_on_rank_1 if run.get("nan_on_rank_1") else of_experts
+        with mock.patch.object(TopKRouter, "choose", chosen), mock.patch.object(RoutedExperts, "forward", experts):
+            code = cli.main(run["words"])
+        if code != run.get("code", 0):
+            sys.exit(f"{run['words']} ended with {code}")

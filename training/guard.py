@@ -88,7 +88,9 @@ class StepGuard:
             if isinstance(value, torch.Tensor)
         }
         save_file(tensors, folder / f"rank-{rank}.safetensors")
-        origin = next(filter(None, gather_object([self.origin(trainer)])), None)
+        origins = filter(None, gather_object([self.origin(trainer)]))
+        # The gradients of a sharded model are all ranks': where it began, a rank sees an output, the others gradients.
+        origin = min(origins, key=lambda found: found.startswith("the gradient"), default=None)
         if rank == 0:
             written = {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
             report = {"step": step, "reason": reason, **written, "origin": origin}
@@ -99,6 +101,8 @@ class StepGuard:
 
     def origin(self, trainer) -> str | None:
         """Where this rank's step leaves the finite numbers; None if it does not, as in a spike."""
+        found = []
+        # All of them, whatever is found: a sharded model needs all ranks to the end.
         for batch in self.batches:
             trainer.model.zero_grad()
 
@@ -106,9 +110,8 @@ class StepGuard:
                 # Without DDP's wrapper, whose hooks would wait for ranks that need not have this batch's trouble.
                 trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
 
-            if (found := first_not_finite(trainer.model, run)) is not None:
-                return found
-        return None
+            found.append(first_not_finite(trainer.model, run))
+        return next(filter(None, found), None)
 
 
 def first_not_finite(model: nn.Module, run: Callable[[], None]) -> str | None:

@@ -281,22 +281,6 @@ class SampleCallback(TrainerCallback):
         print("  sample: " + ("\n" + " " * 10).join(lines), flush=True)
 
 
-class RecordCallback(TrainerCallback):
-    """Writes run.json into every checkpoint: what it is a checkpoint of, and how to go on from it.
-
-    Args:
-        record: gives the content of run.json for the Trainer's state.
-    """
-
-    def __init__(self, record: Callable[[Any], dict[str, Any]]):
-        self.record = record
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            with staged_directory(Path(args.output_dir) / f"checkpoint-{state.global_step}") as staging:
-                write_run(staging, self.record(state))
-
-
 def continuation(model, tokenizer: PreTrainedTokenizerFast, ids: list[int], new_tokens: int) -> str:
     """Greedy continuation of token ids, as text."""
     was_training = model.training
@@ -394,7 +378,8 @@ def run_training(
         multistep=options.schedule == "multistep",
         spike_factor=options.spike_factor,
         optimizer_cls_and_kwargs=muon(options) if options.optimizer == "muon" else None,
-        callbacks=[ConsoleCallback(flops, peak, yardsticks), SampleCallback(say), RecordCallback(record)],
+        record=record,
+        callbacks=[ConsoleCallback(flops, peak, yardsticks), SampleCallback(say)],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

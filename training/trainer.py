@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
-from .checkpoints import TRAINER_STATE, whole_or_nothing
+from .checkpoints import TRAINER_STATE, whole_or_nothing, write_run
 from .diagnostics import StreamProbe, balance_by_layer, load_ratio, router_layers
 from .flops import training_flops_per_token
 from .guard import StepGuard
@@ -107,6 +107,7 @@ class FathomTrainer(Trainer):
         multistep: after the warm-up a constant learning rate, 0.316 of it from 80 % of the steps on and 0.1 from 90 %
             (DeepSeek LLM, arXiv 2401.02954, section 2.3), in place of `lr_scheduler_type`.
         spike_factor: a loss above so many times its recent median ends training (`guard.StepGuard`); 0: none does.
+        record: gives the content of the run.json that every checkpoint gets, for the Trainer's state.
         *args, **kwargs: as for transformers' Trainer.
 
     Logged besides the Trainer's own, whose `loss` is the whole training loss, as means over all that was seen since
@@ -133,10 +134,12 @@ class FathomTrainer(Trainer):
         token_bytes: list[int] | None = None,
         multistep: bool = False,
         spike_factor: float = 0.0,
+        record: Callable[[TrainerState], dict[str, Any]] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.multistep = multistep
+        self.record = record
         self.guard = StepGuard(spike_factor)
         self.router_bias = RouterBiasCallback()
         self.interrupt = InterruptCallback()
@@ -360,6 +363,11 @@ class FathomTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with whole_or_nothing(folder) if self.args.should_save else nullcontext():
+            if self.record is not None and self.args.should_save:
+                # First: with its last file the Trainer takes the checkpoint for complete, and removes older ones.
+                folder.mkdir(parents=True)
+                write_run(folder, self.record(self.state))
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
 

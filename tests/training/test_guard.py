@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fathom.scripts import cli
 from fathom.training.errors import DivergedError
 from fathom.training.guard import ENOUGH, StepGuard
-from fathom.training.run import RecordCallback
+from fathom.training.run import SampleCallback
 
 
 class Spoil(TrainerCallback):
@@ -136,7 +136,7 @@ def test_a_run_that_diverges_ends_with_code_1_and_can_be_resumed(tmp_path, monke
         if state.global_step == 2:
             put_nan(model)
 
-    monkeypatch.setattr(RecordCallback, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(SampleCallback, "on_step_begin", on_step_begin)
     assert cli.main(["pretrain", *pretrain_words(tmp_path / "data", out)]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("fathom pretrain: error: step 3: the loss is nan; it began in the output of model.layers.1")

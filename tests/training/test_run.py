@@ -55,7 +55,7 @@ def test_pairs_split_at_the_first_equals_sign():
     [
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"batch_size": -1}, "--batch_size -1 must be at least 1"),
-        ({"precision": "fp8"}, "--precision fp8 is unknown; did you mean fp32?; use auto, fp32, bf16"),
+        ({"precision": "fp8"}, "--precision fp8 is unknown; use auto, fp32 or bf16"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "--learning_rate nan must be above 0"),
         ({"decay_share": 1.5}, "--decay_share 1.5 must be between 0 and 1"),

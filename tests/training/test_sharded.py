@@ -21,6 +21,7 @@ from fathom.scripts import cli
 
 CONFIGS = Path(fathom.__file__).parent / "scripts" / "accelerate"
 ALONE, SHARED = ("--batch_size", "6"), ("--batch_size", "3")
+DDP = {"ACCELERATE_USE_FSDP": "false"}
 SGD = ("--trainer", "optim=sgd", "max_grad_norm=0", "--learning_rate", "0.1", "--accumulation", "2")
 
 
@@ -86,13 +87,15 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def first(runs: Runs) -> Path:
-    """SGD, and Muon with sharded checkpoints, the latter twice: without a break, and gone on with at step 2."""
+    """SGD; Muon with sharded checkpoints, twice: without a break, and gone on with at step 2; two that diverge."""
     muon = {"config": "fsdp2-multinode.yaml"}
     whole, part = str(runs.folder / "muon" / "checkpoint-2"), str(runs.folder / "resumed" / "checkpoint-2")
     runs.sharded(
         job(runs, "sgd", *SGD),
         job(runs, "muon", "--optimizer", "muon", **muon),
         job(runs, "resumed", "--optimizer", "muon", "--resume", **muon, copy=[whole, part]),
+        job(runs, "nan", "--accumulation", "2", nan_on_rank_1=True, code=1),
+        job(runs, "nan-ddp", "--accumulation", "2", nan_on_rank_1=True, code=1, environment=DDP),
     )
     return runs.folder
 
@@ -140,6 +143,17 @@ def test_what_is_saved_is_a_model_for_plain_transformers(name: str, first: Path)
     assert not list((first / name).glob("_fsdp*"))
 
 
+@pytest.mark.parametrize("name", ["nan", "nan-ddp"])
+def test_one_rank_s_nan_ends_all_ranks_with_its_origin(name: str, first: Path):
+    folder = first / name / "diverged-1"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["reason"] == "the loss is nan"
+    assert report["origin"] == "the output of model.layers.1.mlp.experts"
+    kept = [load_file(folder / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    assert all(batch["0.input_ids"].shape == batch["1.input_ids"].shape == (3, 32) for batch in kept)
+    assert not torch.equal(kept[0]["0.input_ids"], kept[1]["0.input_ids"])
+
+
 GENERATIONS = ("classic", "moe", "v2", "v3.2", "v4")
 
 
@@ -159,11 +173,7 @@ def second(runs: Runs) -> Path:
         job(runs, "adamw"),
         job(runs, "adamw-resumed", "--resume", copy=[whole, part]),
         job(runs, "few", *SGD, "--weight_decay", "0", few_experts=True),
-        {
-            "environment": {"ACCELERATE_USE_FSDP": "false"},
-            "words": runs.words("few-ddp", *SHARED, *SGD, "--weight_decay", "0"),
-            "few_experts": True,
-        },
+        job(runs, "few-ddp", *SGD, "--weight_decay", "0", few_experts=True, environment=DDP),
     )
     return runs.folder
 

@@ -1,0 +1,91 @@
+"""The loss and its gradients are those of all targets of a step: however the rows are cut, padded, ordered, shared out.
+
+Rows of unequal length with unequal numbers of targets and an MTP layer; plain Trainer with the callback, FathomTrainer
+and TRL's. SGD, so that a weight's change is its gradient; all weights within 1e-6, for rounding.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sft_steps import KINDS, ROWS, collate, train
+from tiny_runs import model, torchrun
+
+
+def weights_and_losses(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+    history = json.loads((folder / "history.json").read_text())
+    return load_file(folder / "weights.safetensors"), [entry["loss"] for entry in history if "loss" in entry]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (ours, losses), (theirs, other_losses) = weights_and_losses(one), weights_and_losses(other)
+    assert len(losses) == 3
+    assert other_losses == pytest.approx(losses, rel=1e-5)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-6
+    biases = [name for name in ours if name.endswith("e_score_correction_bias")]
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].any() for name in biases)
+    start = model().state_dict()
+    assert all((ours[name] - start[name]).abs().max() > 1e-5 for name in ours if "down_proj" in name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Plain Trainer, eight rows at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    train("plain", folder, batch=8, accumulation=1)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_and_trainer_change_nothing(kind, alone, tmp_path):
+    train(kind, tmp_path, batch=2, accumulation=4)
+    assert_same(alone, tmp_path)
+
+
+def test_order_within_a_step_changes_nothing(alone, tmp_path):
+    train("plain", tmp_path, batch=4, accumulation=2, order=lambda step: step[::-1])
+    assert_same(alone, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """Two processes, two rows at a time on each, by every Trainer."""
+    folder = tmp_path_factory.mktemp("shared")
+    process = torchrun(str(Path(__file__).parents[1] / "sft_steps.py"), str(folder))
+    assert process.returncode == 0, process.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_change_nothing(kind, alone, shared):
+    assert_same(alone, shared / kind)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    """Loss, gradients and routed tokens of rows of a batch are those of the rows alone, padded far or not at all."""
+    results = []
+    for pad in (0, 9):
+        # A batch's balance loss weighs as much as its share of the targets: rows alone would be weighed otherwise.
+        trained = model(seq_aux_loss_coef=0.0).train()
+        together = [ROWS[:4]] if pad else [[row] for row in ROWS[:4]]
+        batches = [collate(rows, pad=pad, side=side) for rows in together]
+        targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        loss = sum(trained(**batch, num_items_in_batch=targets).loss for batch in batches)
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in trained.named_parameters()}, trained.update_router_bias()))
+    (ours, gradients, load), (padded, padded_gradients, padded_load) = results
+    torch.testing.assert_close(padded, ours, rtol=1e-6, atol=0)
+    assert torch.equal(load, padded_load)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_only_our_trainer_of_trl_s_trains_everything(tmp_path):
+    """What TRL's own leaves out, which is why there is `FathomSFTTrainer`."""
+    train("trl itself", tmp_path, batch=2, accumulation=4)
+    weights, _ = weights_and_losses(tmp_path)
+    start = model().state_dict()
+    assert torch.equal(weights["model.layers.2.eh_proj.weight"], start["model.layers.2.eh_proj.weight"])
