@@ -1,20 +1,33 @@
-"""Three steps of every kind of Trainer on the same rows; also `torchrun sft_steps.py FOLDER` for two processes."""
+"""Three steps of every kind of Trainer on the same rows; also for two processes:
+
+    torchrun sft_steps.py FOLDER            all kinds, the model whole on each process
+    torchrun sft_steps.py FOLDER plans      FathomTrainer, the model cut by each of PLANS
+"""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
-from safetensors.torch import save_file
+from sharded_on_cpu import taken_for_gpus
 from tiny_runs import VOCABULARY, model
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from fathom import FathomTrainer, RouterBiasCallback
+from fathom import FathomForCausalLM, FathomTrainer, RouterBiasCallback
 
 KINDS = ("plain", "fathom", "trl")
+# transformers' DistributedConfig: who has which part of the model, and whether the ranks share a batch.
+PLANS = {
+    "tensor": {"tp_size": 2},
+    "experts-of-one-batch": {"tp_size": 2, "ep_size": 2},
+    "experts-of-two-batches": {"fsdp_size": 2, "ep_size": 2},
+}
 STEPS, ROWS_PER_STEP = 3, 8
 
 
@@ -57,7 +70,12 @@ class InOrder:
 
 
 def train(
-    kind: str, folder: Path, batch: int, accumulation: int, order: Callable[[list], list] = lambda step: step
+    kind: str,
+    folder: Path,
+    batch: int,
+    accumulation: int,
+    order: Callable[[list], list] = lambda step: step,
+    trained: FathomForCausalLM | None = None,
 ) -> None:
     """Trains three steps of eight rows and writes weights and history to `folder`."""
     steps = [ROWS[start : start + ROWS_PER_STEP] for start in range(0, len(ROWS), ROWS_PER_STEP)]
@@ -79,7 +97,7 @@ def train(
         "bf16": False,
         "ddp_find_unused_parameters": False,
     }
-    trained = model(seq_aux_loss_coef=0.0)
+    trained = trained or model(seq_aux_loss_coef=0.0)
     common = {"model": trained, "train_dataset": data, "data_collator": collate}
     if kind.startswith("trl"):
         from trl import SFTConfig, SFTTrainer
@@ -97,9 +115,23 @@ def train(
     if made.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history.json").write_text(json.dumps(made.state.log_history))
-        save_file(
-            {name: value.contiguous() for name, value in trained.state_dict().items()}, folder / "weights.safetensors"
-        )
+    if made.is_world_process_zero() or trained.is_distributed_loading_by_transformers:
+        trained.save_pretrained(folder)
+
+
+def train_by_plans(folder: Path) -> None:
+    """The steps of `train`, by a model that transformers cuts as it loads it."""
+    from transformers.distributed import DistributedConfig
+
+    start = folder / "start"
+    if os.environ["RANK"] == "0":
+        model(seq_aux_loss_coef=0.0).save_pretrained(start)
+    PartialState(cpu=True).wait_for_everyone()
+    # accelerate knows of tensor parallelism on accelerators only.
+    AcceleratorState.__init__ = taken_for_gpus  # type: ignore[method-assign]
+    for name, plan in PLANS.items():
+        cut = FathomForCausalLM.from_pretrained(start, distributed_config=DistributedConfig(**plan))
+        train("fathom", folder / name, 4 // plan.get("fsdp_size", 1), 2, trained=cut)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -114,5 +146,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    for kind in KINDS:
-        train(kind, Path(sys.argv[1]) / kind, batch=2, accumulation=2)
+    if sys.argv[2:] == ["plans"]:
+        train_by_plans(Path(sys.argv[1]))
+    else:
+        for kind in KINDS:
+            train(kind, Path(sys.argv[1]) / kind, batch=2, accumulation=2)

@@ -23,16 +23,15 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from fathom.modeling.experts import RoutedExperts, TopKRouter
+from fathom.modeling.experts import DeviceAwareExperts, TopKRouter
 from fathom.scripts import cli
 
 of_accelerate = AcceleratorState.__init__
-of_experts = RoutedExperts.forward
+of_experts = DeviceAwareExperts.forward
 
 
 def taken_for_gpus(self, *args, **kwargs) -> None:
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if sharded and PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     of_accelerate(self, *args, **kwargs)
 
@@ -46,7 +45,6 @@ def nan_on_rank_1(self, *args, **kwargs) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    AcceleratorState.__init__ = taken_for_gpus  # type: ignore[method-assign]
     for run in json.loads(Path(sys.argv[1]).read_text()):
         os.environ.update(run["environment"])
         if "copy" in run:
@@ -55,7 +53,12 @@ if __name__ == "__main__":
             dist.barrier()
         chosen = few_experts if run.get("few_experts") else TopKRouter.choose
         experts = nan_on_rank_1 if run.get("nan_on_rank_1") else of_experts
-        with mock.patch.object(TopKRouter, "choose", chosen), mock.patch.object(RoutedExperts, "forward", experts):
+        state = taken_for_gpus if os.environ["ACCELERATE_USE_FSDP"] == "true" else of_accelerate
+        with (
+            mock.patch.object(AcceleratorState, "__init__", state),
+            mock.patch.object(TopKRouter, "choose", chosen),
+            mock.patch.object(DeviceAwareExperts, "forward", experts),
+        ):
             code = cli.main(run["words"])
         if code != run.get("code", 0):
             sys.exit(f"{run['words']} ended with {code}")

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from sft_steps import KINDS, ROWS, collate, train
+from sft_steps import KINDS, PLANS, ROWS, collate, train
 from tiny_runs import model, torchrun
+
+from fathom import FathomForCausalLM
 
 
 def weights_and_losses(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     history = json.loads((folder / "history.json").read_text())
-    return load_file(folder / "weights.safetensors"), [entry["loss"] for entry in history if "loss" in entry]
+    return FathomForCausalLM.from_pretrained(folder).state_dict(), [entry["loss"] for entry in history if "loss" in entry]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -61,6 +62,21 @@ def shared(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_change_nothing(kind, alone, shared):
     assert_same(alone, shared / kind)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory) -> Path:
+    """Two processes that have a part of the model each."""
+    folder = tmp_path_factory.mktemp("cut")
+    process = torchrun(str(Path(__file__).parents[1] / "sft_steps.py"), str(folder), "plans")
+    assert process.returncode == 0, process.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_model_cut_by_transformers_trains_the_same_weights(plan, alone, cut):
+    """Tensor parallelism, and experts of their own for each rank by both ways that tokens can reach them."""
+    assert_same(alone, cut / plan)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
