@@ -1,14 +1,19 @@
-"""`torchrun muon_on_shards.py`: Muon on parameters cut in all ways takes the steps that it takes on whole ones."""
+"""`torchrun muon_on_shards.py FOLDER`: Muon on parameters cut in all ways takes the steps that it takes on whole ones."""
 
 import copy
+import sys
 
 import torch
 import torch.distributed as dist
+from sft_steps import PLANS
+from tiny_runs import model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers.distributed import DistributedConfig
 
-from fathom.training.optimizers import Muon
+from fathom import FathomForCausalLM
+from fathom.training.optimizers import Muon, muon_groups
 
 # Shape, parts, where it is cut. Two ranks share 5, 3 or 1 unevenly, the last of them not at all.
 CASES = [
@@ -33,7 +38,8 @@ def optimizer(parameters: list[nn.Parameter]) -> Muon:
     return Muon([{**groups[0], "muon": True}, {**groups[1], "muon": True, "parts": 2}, groups[2]], lr=0.1)
 
 
-def main() -> None:
+def one_by_one() -> None:
+    """Single parameters; their optimizer is saved and loaded on the way."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     whole = [nn.Parameter(torch.randn(shape)) for shape, _, _ in CASES]
@@ -56,8 +62,37 @@ def main() -> None:
     for parameter, shard, case in zip(whole, shards, CASES, strict=True):
         assert shard.placements == (case[2],)
         torch.testing.assert_close(shard.full_tensor(), parameter.detach(), rtol=0, atol=1e-5, msg=str(case))
-    dist.destroy_process_group()
+
+
+def as_models(folder: str) -> None:
+    """All parameters of a model, cut by transformers' plans."""
+    if dist.get_rank() == 0:
+        model().save_pretrained(folder)
+    dist.barrier()
+
+    def after_two_steps(stepped: nn.Module) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        by_model = Muon(muon_groups(stepped, weight_decay=0.1), lr=0.1)
+        for _ in range(2):
+            for parameter in stepped.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+                if isinstance(parameter, DTensor):
+                    mesh = parameter.device_mesh
+                    whole = DTensor.from_local(parameter.grad, mesh, [Replicate()] * mesh.ndim)
+                    parameter.grad = whole.redistribute(placements=parameter.placements)
+            by_model.step()
+        named = stepped.named_parameters()
+        return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in named}
+
+    expected = after_two_steps(FathomForCausalLM.from_pretrained(folder))
+    for plan in PLANS.values():
+        cut = FathomForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**plan))
+        torch.testing.assert_close(after_two_steps(cut), expected, rtol=0, atol=1e-6)
 
 
 if __name__ == "__main__":
-    main()
+    dist.init_process_group("gloo")
+    one_by_one()
+    as_models(sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()

@@ -121,8 +121,8 @@ def test_muon_takes_the_same_steps_on_shards(runs: Runs, first: Path):
     assert losses(first / "muon") == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_muon_on_parameters_cut_in_all_ways():
-    process = torchrun(str(Path(__file__).parents[1] / "muon_on_shards.py"))
+def test_muon_on_parameters_cut_in_all_ways(tmp_path):
+    process = torchrun(str(Path(__file__).parents[1] / "muon_on_shards.py"), str(tmp_path))
     assert process.returncode == 0, process.stderr[-5000:]
 
 
