@@ -1,7 +1,7 @@
 """Three steps of every kind of Trainer on the same rows; also for two processes:
 
-    torchrun sft_steps.py FOLDER            all kinds, the model whole on each process
-    torchrun sft_steps.py FOLDER plans      FathomTrainer, the model cut by each of PLANS
+torchrun sft_steps.py FOLDER            all kinds, the model whole on each process
+torchrun sft_steps.py FOLDER plans      FathomTrainer, the model cut by each of PLANS
 """
 
 import json

@@ -338,11 +338,13 @@ def run_training(
         Exit code: 0, or 130 if a signal ended the run (a checkpoint is saved).
 
     Raises:
-        UserError: `checkpoint` was trained on other data.
+        UserError: `checkpoint` was trained on other data, or in another stage.
         DivergedError: a step was not finite, or its loss a spike.
     """
-    recipe = {**recipe_of(options, arguments), "data": fingerprint(train)}
-    refuse_another_recipe({"data": recipe["data"]}, checkpoint)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_model_and_data = {"data": fingerprint(train), "trained_parameters": trained}
+    refuse_another_recipe(of_model_and_data, checkpoint)
+    recipe = {**recipe_of(options, arguments), **of_model_and_data}
     peak = measured_throughput(torch.bfloat16 if arguments.bf16 else torch.float32, arguments.device)
     flops = training_flops_per_token(model, tokens_per_row)
     counts = model.parameter_counts()

@@ -17,7 +17,9 @@ from fathom import FathomForCausalLM
 
 def weights_and_losses(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     history = json.loads((folder / "history.json").read_text())
-    return FathomForCausalLM.from_pretrained(folder).state_dict(), [entry["loss"] for entry in history if "loss" in entry]
+    return FathomForCausalLM.from_pretrained(folder).state_dict(), [
+        entry["loss"] for entry in history if "loss" in entry
+    ]
 
 
 def assert_same(one: Path, other: Path) -> None:

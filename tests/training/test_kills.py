@@ -16,7 +16,7 @@ from fathom.training.checkpoints import latest_checkpoint
 
 RECIPES = {
     "adamw": ["--accumulation", "2"],
-    "muon": ["--optimizer", "muon", "--schedule", "multistep", "--learning_rate", "1e-2"],
+    "muon": ["--optimizer", "muon", "--schedule", "multistep", "--learning_rate", "1e-2", "--save_total_limit", "1"],
 }
 STEPS = 6
 
