@@ -1,4 +1,4 @@
-"""`torchrun muon_on_shards.py FOLDER`: Muon on parameters cut in all ways takes the steps that it takes on whole ones."""
+"""`torchrun muon_on_shards.py FOLDER`: Muon takes the same steps on parameters cut in all ways as on whole ones."""
 
 import copy
 import sys

@@ -260,8 +260,8 @@ class ConsoleCallback(TrainerCallback):
             line += (
                 f"\n  indexers capture {by_name['indexer_mass']:.1%} of attention and "
                 f"{by_name['indexer_recall']:.1%} of its best keys (most recent keys "
-                f"{by_name['indexer_recent_mass']:.1%} and {by_name['indexer_recent_recall']:.1%}, random {by_name['indexer_random']:.1%}); "
-                f"KL {by_name['indexer_loss']:.3f}"
+                f"{by_name['indexer_recent_mass']:.1%} and {by_name['indexer_recent_recall']:.1%}, "
+                f"random {by_name['indexer_random']:.1%}); KL {by_name['indexer_loss']:.3f}"
             )
         return line
 

@@ -9,14 +9,24 @@ balance losses would be left out. `RouterBiasCallback` comes along.
 from transformers import Trainer
 from trl import SFTTrainer
 
+from .errors import UserError
 from .trainer import RouterBiasCallback
 
 
 class FathomSFTTrainer(SFTTrainer):
-    """Arguments as for TRL's SFTTrainer. Of its metrics, entropy and token accuracy are not logged."""
+    """Arguments as for TRL's SFTTrainer. Of its metrics, entropy and token accuracy are not logged.
+
+    Raises:
+        UserError: the arguments ask for a loss that is not the model's own.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None:
+            raise UserError(
+                "FathomSFTTrainer trains by the model's own loss: leave loss_type, label_smoothing_factor and "
+                "compute_loss_func as they are, or use TRL's SFTTrainer, which trains no MTP layers"
+            )
         self.add_callback(RouterBiasCallback())
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from sft_steps import KINDS, PLANS, ROWS, collate, train
+from datasets import Dataset
+from sft_steps import KINDS, PLANS, ROWS, collate, train, word_tokenizer
 from tiny_runs import model, torchrun
 
 from fathom import FathomForCausalLM
+from fathom.training.errors import UserError
 
 
 def weights_and_losses(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -107,3 +109,20 @@ def test_only_our_trainer_of_trl_s_trains_everything(tmp_path):
     weights, _ = weights_and_losses(tmp_path)
     start = model().state_dict()
     assert torch.equal(weights["model.layers.2.eh_proj.weight"], start["model.layers.2.eh_proj.weight"])
+
+
+@pytest.mark.parametrize("loss", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_another_loss_is_refused(loss, tmp_path):
+    from trl import SFTConfig
+
+    from fathom.training.trl import FathomSFTTrainer
+
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "use_cpu": True, "bf16": False, "report_to": []}
+    with pytest.raises(UserError, match="trains by the model's own loss"):
+        FathomSFTTrainer(
+            model=model(),
+            args=SFTConfig(str(tmp_path), **prepared, **loss),
+            train_dataset=Dataset.from_list(ROWS),
+            data_collator=collate,
+            processing_class=word_tokenizer(),
+        )
