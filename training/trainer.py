@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
-from .checkpoints import TRAINER_STATE, whole_or_nothing, write_run
+from .checkpoints import whole_or_nothing, write_run
 from .diagnostics import StreamProbe, balance_by_layer, load_ratio, router_layers
 from .flops import training_flops_per_token
 from .guard import StepGuard
@@ -162,14 +162,14 @@ class FathomTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         with self.interrupt.listening():
-            if isinstance(resume_from_checkpoint, str) and not self.is_fsdp_enabled:
-                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE))
-                # The Trainer looks at the number of steps after a step, so it would take one too many.
-                if state.global_step >= self.args.max_steps > 0:
-                    self.state = state
-                    self._load_from_checkpoint(resume_from_checkpoint)
-                    return TrainOutput(state.global_step, 0.0, {})
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # The Trainer looks at the number of steps after a step: resumed at its end, a run would take one too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -87,13 +87,17 @@ def runs(tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def first(runs: Runs) -> Path:
-    """SGD; Muon with sharded checkpoints, twice: without a break, and gone on with at step 2; two that diverge."""
-    muon = {"config": "fsdp2-multinode.yaml"}
-    whole, part = str(runs.folder / "muon" / "checkpoint-2"), str(runs.folder / "resumed" / "checkpoint-2")
+    """SGD; Muon with sharded checkpoints, in one go, and gone on with at step 2 and at its end; two that diverge."""
+
+    def resumed(name: str, step: int) -> dict[str, Any]:
+        copied = [str(runs.folder / folder / f"checkpoint-{step}") for folder in ("muon", name)]
+        return job(runs, name, "--optimizer", "muon", "--resume", config="fsdp2-multinode.yaml", copy=copied)
+
     runs.sharded(
         job(runs, "sgd", *SGD),
-        job(runs, "muon", "--optimizer", "muon", **muon),
-        job(runs, "resumed", "--optimizer", "muon", "--resume", **muon, copy=[whole, part]),
+        job(runs, "muon", "--optimizer", "muon", config="fsdp2-multinode.yaml"),
+        resumed("resumed", step=2),
+        resumed("finished", step=4),
         job(runs, "nan", "--accumulation", "2", nan_on_rank_1=True, code=1),
         job(runs, "nan-ddp", "--accumulation", "2", nan_on_rank_1=True, code=1, environment=DDP),
     )
@@ -126,11 +130,12 @@ def test_muon_on_parameters_cut_in_all_ways(tmp_path):
     assert process.returncode == 0, process.stderr[-5000:]
 
 
-def test_sharded_checkpoints_resume_to_the_same_weights(first: Path):
+@pytest.mark.parametrize("name", ["resumed", "finished"])
+def test_sharded_checkpoints_resume_to_the_same_weights(name: str, first: Path):
     files = {file.name for file in (first / "muon" / "checkpoint-2").iterdir()}
     assert {"pytorch_model_fsdp_0", "optimizer_0", "config.json", "rng_state_1.pth"} <= files
     assert "model.safetensors" not in files
-    assert max(differences(first / "muon", first / "resumed").values()) == 0
+    assert max(differences(first / "muon", first / name).values()) == 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])
