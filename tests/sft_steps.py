@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -20,6 +21,7 @@ from tiny_runs import VOCABULARY, model
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from fathom import FathomForCausalLM, FathomTrainer, RouterBiasCallback
+from fathom.modeling.experts import TopKRouter
 
 KINDS = ("plain", "fathom", "trl")
 # transformers' DistributedConfig: who has which part of the model, and whether the ranks share a batch.
@@ -130,8 +132,15 @@ def train_by_plans(folder: Path) -> None:
     # accelerate knows of tensor parallelism on accelerators only.
     AcceleratorState.__init__ = taken_for_gpus  # type: ignore[method-assign]
     for name, plan in PLANS.items():
-        cut = FathomForCausalLM.from_pretrained(start, distributed_config=DistributedConfig(**plan))
-        train("fathom", folder / name, 4 // plan.get("fsdp_size", 1), 2, trained=cut)
+        for choose, place in ((TopKRouter.choose, folder / name), (first_experts, folder / f"{name}-of-rank-0")):
+            cut = FathomForCausalLM.from_pretrained(start, distributed_config=DistributedConfig(**plan))
+            with mock.patch.object(TopKRouter, "choose", choose):
+                train("fathom", place, 4 // plan.get("fsdp_size", 1), 2, trained=cut)
+
+
+def first_experts(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+    """Of two ranks that share the experts, the second has nothing to do."""
+    return torch.arange(self.top_k).expand(len(scores), -1)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,14 +6,16 @@ and TRL's. SGD, so that a weight's change is its gradient; all weights within 1e
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from datasets import Dataset
-from sft_steps import KINDS, PLANS, ROWS, collate, train, word_tokenizer
-from tiny_runs import model, torchrun
+from sft_steps import KINDS, PLANS, ROWS, collate, first_experts, train, word_tokenizer
+from tiny_runs import VOCABULARY, model, torchrun
 
-from fathom import FathomForCausalLM
+from fathom import FathomConfig, FathomForCausalLM
+from fathom.modeling.experts import TopKRouter
 from fathom.training.errors import UserError
 
 
@@ -83,19 +85,33 @@ def test_a_model_cut_by_transformers_trains_the_same_weights(plan, alone, cut):
     assert_same(alone, cut / plan)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_rank_whose_experts_get_no_token_neither_hangs_nor_errs(plan, cut, tmp_path):
+    with mock.patch.object(TopKRouter, "choose", first_experts):
+        train("plain", tmp_path, batch=8, accumulation=1)
+    assert_same(tmp_path, cut / f"{plan}-of-rank-0")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side):
+@pytest.mark.parametrize("generation", ["moe", "v2", "v3", "v3.2", "v4"])
+def test_padding_changes_nothing(generation, side):
     """Loss, gradients and routed tokens of rows of a batch are those of the rows alone, padded far or not at all."""
+    # A batch's balance loss weighs as much as its share of the targets: rows alone would be weighed otherwise.
+    small = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3}
+    config = FathomConfig.preset(generation, **small, seq_aux_loss_coef=0.0, aux_loss_alpha=0.0)
     results = []
     for pad in (0, 9):
-        # A batch's balance loss weighs as much as its share of the targets: rows alone would be weighed otherwise.
-        trained = model(seq_aux_loss_coef=0.0).train()
+        torch.manual_seed(0)
+        trained = FathomForCausalLM(config).train()
         together = [ROWS[:4]] if pad else [[row] for row in ROWS[:4]]
         batches = [collate(rows, pad=pad, side=side) for rows in together]
         targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         loss = sum(trained(**batch, num_items_in_batch=targets).loss for batch in batches)
         loss.backward()
-        results.append((loss, {name: p.grad for name, p in trained.named_parameters()}, trained.update_router_bias()))
+        learning = {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
+        results.append(
+            (loss, {name: parameter.grad for name, parameter in learning.items()}, trained.update_router_bias())
+        )
     (ours, gradients, load), (padded, padded_gradients, padded_load) = results
     torch.testing.assert_close(padded, ours, rtol=1e-6, atol=0)
     assert torch.equal(load, padded_load)
