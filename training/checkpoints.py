@@ -22,6 +22,7 @@ hence its size must be 8 + n + the largest end offset (https://huggingface.co/do
 """
 
 import errno
+import glob
 import json
 import os
 import re
@@ -129,6 +130,14 @@ def whole_or_nothing(folder: Path) -> Iterator[None]:
                 os.replace(aside, folder)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Removes what a killed process left of either: hidden folders that nothing reads."""
+    run_dir = Path(run_dir).absolute()
+    partial = run_dir.parent.glob(f".{glob.escape(run_dir.name)}.partial-*")
+    for folder in [*partial, *run_dir.glob(".checkpoint-*.previous")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_into(staging: Path, target: Path) -> None:

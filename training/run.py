@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .checkpoints import latest_checkpoint, read_run, staged_directory, write_run
+from .checkpoints import clear_leftovers, latest_checkpoint, read_run, staged_directory, write_run
 from .errors import UserError, did_you_mean
 from .flops import bf16_pays, measured_throughput, training_flops_per_token
 from .optimizers import MuonFactory
@@ -388,9 +388,10 @@ def run_training(
 
     if checkpoint is not None:
         print(f"resuming from {checkpoint}", flush=True)
-    elif trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
+        clear_leftovers(out)
         # Of the run that --overwrite replaces. They would be newer than this run's first ones, by their numbers.
-        for old in out.glob("checkpoint-*"):
+        for old in [] if checkpoint else out.glob("checkpoint-*"):
             shutil.rmtree(old)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:

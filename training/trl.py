@@ -22,7 +22,8 @@ class FathomSFTTrainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None:
+        other = self.label_smoother or self.compute_loss_func  # type: ignore[has-type]
+        if self.args.loss_type != "nll" or other is not None:
             raise UserError(
                 "FathomSFTTrainer trains by the model's own loss: leave loss_type, label_smoothing_factor and "
                 "compute_loss_func as they are, or use TRL's SFTTrainer, which trains no MTP layers"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fathom.training.checkpoints import (
     check_checkpoint,
+    clear_leftovers,
     find_checkpoints,
     latest_checkpoint,
     load_model,
@@ -279,6 +280,17 @@ class TestCheckCheckpoint:
         (model / "model.safetensors.index.json").write_text('{"weight_map": []}')
         with pytest.raises(UserError, match="no weight_map"):
             check_checkpoint(model)
+
+
+def test_what_a_kill_left_is_cleared_and_nothing_else(tmp_path):
+    left = [tmp_path / ".run.partial-0a1b", tmp_path / "run" / ".checkpoint-4.previous"]
+    kept = [tmp_path / ".run2.partial-0a1b", tmp_path / "run" / "checkpoint-4", tmp_path / "run" / ".mine"]
+    for folder in left + kept:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    clear_leftovers(tmp_path / "run")
+    assert not any(folder.exists() for folder in left)
+    assert all((folder / "file").exists() for folder in kept)
 
 
 class TestFinding:

@@ -60,6 +60,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(recipe, data, whol
     assert code == 0
     assert kills >= 3
     assert len(resumed_from) >= 2
+    assert [path for folder in (tmp_path, out) for path in folder.glob(".*")] == []
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, whole[recipe]))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
