@@ -21,7 +21,10 @@ from .options import RunOptions, pairs
 
 OPTIONS = ("optimizer", "learning_rate", "schedule", "warmup_steps", "decay_share", "weight_decay", "seed")
 # Of --trainer: beginnings of the names that say what to write, when and where to train, not how.
-HARMLESS = ("dataloader_", "ddp_", "disable_", "eval_", "fsdp", "hub_", "log", "push_", "report_", "run_name", "save_")
+HARMLESS = (
+    *("dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch", "ddp_", "disable_"),
+    *("eval_", "fsdp", "hub_", "log", "push_", "report_", "run_name", "save_"),
+)
 
 
 def recipe_of(options: RunOptions, arguments: TrainingArguments) -> dict[str, Any]:
