@@ -84,6 +84,9 @@ class FathomPreTrainedModel(OfficialCheckpoints):
         if config.topk_method != "noaux_tc" or not config.uses("moe"):
             self._keep_in_fp32_modules_strict = []  # no routing bias
         super().__init__(config, *args, **kwargs)
+        if not config.num_nextn_predict_layers:
+            # accelerate refuses to shard a model that lacks a class named here.
+            self._no_split_modules = ["FathomDecoderLayer"]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -148,7 +151,14 @@ class FathomPreTrainedModel(OfficialCheckpoints):
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(*args, **kwargs)
+        actual = type(self)
+        if actual.__name__.startswith("FSDP"):
+            # A class that torch made of itself and ours; transformers would save torch's file as the model's code.
+            self.__class__ = actual.__mro__[2]
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = actual
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers. New token ids also get experts in layers that route by id."""
@@ -549,6 +559,9 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         """Runs the MTP layers on the main model's `final_states`: what each returns, and its targets [B, T]."""
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
+        if (token_mask := layer_inputs["token_mask"]) is not None:
+            # What a row's last tokens find behind it is nothing, padded or not.
+            inputs_embeds = inputs_embeds.masked_fill(~token_mask.unsqueeze(-1), 0)
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
             output = DraftOutput(
                 *layer(

@@ -2,7 +2,7 @@
 
 A verb module offers `main(argv) -> int`. `run` gives every verb the same manners, whichever way it is started
 (`fathom VERB`, `python -m fathom.scripts.VERB`, `torchrun -m fathom.scripts.VERB`): bad input ends in one line
-on stderr and exit code 2, Ctrl-C in exit code 130.
+on stderr and exit code 2, training that diverges in one and exit code 1, Ctrl-C in exit code 130.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from ..training.errors import UserError, did_you_mean
+from ..training.errors import DivergedError, UserError, did_you_mean
 
 VERBS = {
     "quickstart": "corpus, tokenizer, pretrain, sft and chat in one go, on this machine's own text",
@@ -34,12 +34,12 @@ def usage() -> str:
 
 
 def run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Calls a verb and turns its exceptions into exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Calls a verb and turns its exceptions into exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted."""
     try:
         return main(argv)
-    except UserError as error:
+    except (UserError, DivergedError) as error:
         print(f"fathom {verb}: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print(f"fathom {verb}: interrupted", file=sys.stderr)
         return 130

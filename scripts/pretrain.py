@@ -55,11 +55,11 @@ def main(argv: Sequence[str]) -> int:
     from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
     from ..training.packing import collate_rows, pack_documents
+    from ..training.resuming import refuse_another_config
     from ..training.run import (
         check_out,
         continuation,
         device_of_run,
-        refuse_another_config,
         run_training,
         start,
         training_arguments,

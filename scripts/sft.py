@@ -46,16 +46,15 @@ def main(argv: Sequence[str]) -> int:
     from functools import partial
 
     from ..tokenizer.bpe import token_byte_lengths
-    from ..training.checkpoints import load_model, load_tokenizer
+    from ..training.checkpoints import load_model, load_tokenizer, read_run
     from ..training.conversations import encode_conversations
     from ..training.packing import pad_conversations
     from ..training.questions import load_conversations
+    from ..training.resuming import refuse_another_config
     from ..training.run import (
         check_out,
         continuation,
         device_of_run,
-        read_run,
-        refuse_another_config,
         run_training,
         start,
         training_arguments,

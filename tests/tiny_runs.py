@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.tokenizer import train_tokenizer
 from fathom.training.corpus import build_corpus
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer
 
 # MLA, one dense layer, two with experts of which one drafts; 16 tokens are enough for several documents in a row.
 MODEL = {
@@ -20,6 +24,7 @@ MODEL = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
 }
+VOCABULARY, LENGTH = 97, 24
 OVERRIDES = ["--override", *(f"{name}={value}" for name, value in MODEL.items())]
 
 
@@ -51,7 +56,57 @@ def model(seed: int = 0, **overrides: Any) -> FathomForCausalLM:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FathomForCausalLM(FathomConfig.preset("v3", **{"vocab_size": 97, **MODEL, **overrides}))
+        return FathomForCausalLM(FathomConfig.preset("v3", **{"vocab_size": VOCABULARY, **MODEL, **overrides}))
+
+
+def packed_rows(count: int, seed: int = 0) -> "Dataset":
+    """Packed rows with documents of random length; the first token of a document is no target."""
+    import torch
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+        while len(row["input_ids"]) < LENGTH:
+            length = int(torch.randint(1, 12, (), generator=generator))
+            ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+            row["input_ids"] += ids
+            row["position_ids"] += range(length)
+            row["labels"] += [-100, *ids[1:]]
+        made.append({name: values[:LENGTH] for name, values in row.items()})
+    return Dataset.from_list(made)
+
+
+def trainer(folder, trained, train=None, heldout=None, kind=None, callbacks=(), **overrides) -> "Trainer":
+    """A FathomTrainer, or one of another `kind`, of three steps of two packed rows."""
+    from transformers import TrainingArguments
+
+    from fathom import FathomTrainer
+    from fathom.training.packing import collate_rows
+
+    of_trainer = ("token_bytes", "multistep", "spike_factor", "optimizer_cls_and_kwargs")
+    further = {name: overrides.pop(name) for name in of_trainer if name in overrides}
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return (kind or FathomTrainer)(
+        model=trained,
+        args=TrainingArguments(**{**settings, **overrides}),
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=collate_rows,
+        callbacks=list(callbacks),
+        **further,
+    )
 
 
 def environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ kinds of folder that a run writes, share one promise: the old content stays unti
     whole_or_nothing(folder)    the `checkpoint-N` folder of transformers' Trainer, which writes to its final path:
                                 an older folder of that name is put aside and comes back if the block fails.
 
-A killed process can leave a `checkpoint-N` without `trainer_state.json`, the file that the Trainer writes last;
+A killed process can leave a `checkpoint-N` that lacks some of its files, half written or half removed;
 `latest_checkpoint` steps over it.
 
 In. `check_checkpoint` reads only the headers, so that a truncated download, a missing shard or another
@@ -22,6 +22,7 @@ hence its size must be 8 + n + the largest end offset (https://huggingface.co/do
 """
 
 import errno
+import glob
 import json
 import os
 import re
@@ -55,6 +56,12 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state.json"
+RUN_FILE = "run.json"
+# What training cannot go on without, beside weights and TRAINER_STATE: as the Trainer writes it, and under FSDP2
+# accelerate, in one file or sharded. Of shards, torch writes `.metadata` last.
+SCHEDULER = "scheduler.pt"
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
+SHARDED_WEIGHTS = "pytorch_model_fsdp_0/.metadata"
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -124,6 +131,14 @@ def whole_or_nothing(folder: Path) -> Iterator[None]:
                 os.replace(aside, folder)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Removes what a killed process left of either: hidden folders that nothing reads."""
+    run_dir = Path(run_dir).absolute()
+    partial = run_dir.parent.glob(f".{glob.escape(run_dir.name)}.partial-*")
+    for folder in [*partial, *run_dir.glob(".checkpoint-*.previous")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_into(staging: Path, target: Path) -> None:
@@ -234,15 +249,29 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """
     for folder in _checkpoint_folders(run_dir):
         try:
-            check_checkpoint(folder)
-            if not (folder / TRAINER_STATE).is_file():
-                raise UserError(f"{folder} has no {TRAINER_STATE}")
-            _read_json(folder / TRAINER_STATE)
+            if not (folder / SHARDED_WEIGHTS).is_file():
+                check_checkpoint(folder)
+            for names in ((SCHEDULER,), OPTIMIZER):
+                if not any((folder / name).is_file() for name in names):
+                    raise UserError(f"{folder} has no {names[0]}")
+            for name in (TRAINER_STATE, RUN_FILE):
+                _read_json(folder / name)
         except UserError as error:
             print(f"skipping an incomplete checkpoint: {error}")
         else:
             return folder
     return None
+
+
+def write_run(folder: Path, record: dict[str, Any]) -> None:
+    """Writes run.json: what was run and measured."""
+    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What `folder`'s run.json says, or None where there is none."""
+    file = folder / RUN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def find_checkpoints(root: Path) -> list[Path]:

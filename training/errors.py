@@ -1,11 +1,18 @@
-"""The one exception that means "the input is wrong", as opposed to "Fathom is wrong"."""
+"""The exceptions that end a verb with one line and no traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Bad input. The message names the value, the limit and the mend, in one line; verbs turn it into exit code 2."""
+    """The input is wrong, as opposed to Fathom. The message names the value, the limit and the mend, in one line.
+
+    Verbs turn it into exit code 2.
+    """
+
+
+class DivergedError(Exception):
+    """Training cannot go on: not finite, or a spike (see `guard`). Verbs turn it into exit code 1."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

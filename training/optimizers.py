@@ -11,8 +11,8 @@ A matrix is what the model multiplies by: every expert's own, gate and up apart,
 [E, 2 I, d]. Matrices of one shape run as a batch. Embedding, head, norms, biases, sinks and the connections' base and
 scale are left to AdamW.
 
-Sharded by FSDP2 (`DTensor`): a parameter that is cut between matrices is updated where it lies, any other is gathered
-for the iteration, by all ranks alike.
+Sharded (`DTensor`, by FSDP2 or transformers' parallel plans): a parameter that is cut between matrices is updated where
+it lies, any other is gathered for the iteration, by all ranks alike.
 
 Shapes: B matrices of one shape, n rows, m columns.
 """

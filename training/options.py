@@ -35,6 +35,13 @@ class RunOptions:
         metadata={"help": "fp32, bf16 (autocast), or auto: bf16 where a measured matrix product gains from it"},
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in the backward pass"})
+    spike_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "stop when a step's loss is above so many times the median of the last 100, 0: never; what is not "
+            "finite always stops"
+        },
+    )
     eval_steps: int = field(default=100, metadata={"help": "steps between evaluations on held-out rows"})
     eval_rows: int = field(
         default=64, metadata={"help": "held-out rows of these evaluations, 0 for all; the last one takes all"}
@@ -62,6 +69,8 @@ class RunOptions:
                 raise UserError(f"--{name} {getattr(self, name)} must be 0 or more")
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning_rate {self.learning_rate} must be above 0")
+        if self.spike_factor and not self.spike_factor > 1:
+            raise UserError(f"--spike_factor {self.spike_factor} must be above 1, or 0: no limit")
         if not 0 <= self.decay_share <= 1:
             raise UserError(f"--decay_share {self.decay_share} must be between 0 and 1")
         if not 0 <= self.seed < 2**32:

@@ -6,7 +6,6 @@ runs/pretrain/
     checkpoint-100/ checkpoint-200/ ...                 to resume from
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -33,14 +32,14 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from .checkpoints import latest_checkpoint, staged_directory
+from .checkpoints import clear_leftovers, latest_checkpoint, read_run, staged_directory, write_run
 from .errors import UserError, did_you_mean
 from .flops import bf16_pays, measured_throughput, training_flops_per_token
 from .optimizers import MuonFactory
 from .options import RunOptions, pairs
+from .resuming import fingerprint, recipe_of, refuse_another_recipe
 from .trainer import FathomTrainer
 
-RUN_FILE = "run.json"
 LINE_WIDTH = 120
 
 
@@ -76,23 +75,6 @@ def check_out(out: Path, options: RunOptions) -> Path | None:
     return None
 
 
-def refuse_another_config(config, checkpoint: Path | None) -> None:
-    """Raises UserError with the differences if `checkpoint` holds a model of another configuration than `config`."""
-    if checkpoint is None:
-        return
-    saved = type(config).from_pretrained(checkpoint).to_dict()
-    ignored = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
-    differing = [
-        f"{name} {saved.get(name)!r} -> {value!r}"
-        for name, value in config.to_dict().items()
-        if name not in ignored and saved.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"--resume: {checkpoint} has another configuration ({'; '.join(differing)}); use the same options"
-        )
-
-
 def training_arguments(
     out: Path, options: RunOptions, device: torch.device, checkpoint: Path | None
 ) -> TrainingArguments:
@@ -102,7 +84,8 @@ def training_arguments(
         checkpoint: to resume from, in the precision it was trained in so far.
 
     Raises:
-        UserError: `options.trainer` names what TrainingArguments does not know, or does not accept.
+        UserError: `options.trainer` names what TrainingArguments does not know, or does not accept; `checkpoint` was
+            trained otherwise.
     """
     if options.tensorboard:
         if find_spec("tensorboard") is None:
@@ -152,9 +135,11 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
     }
     try:
-        return TrainingArguments(**{**arguments, **further})
+        made = TrainingArguments(**{**arguments, **further})
     except (ValueError, TypeError) as error:
         raise UserError(f"these training options do not fit together: {' '.join(str(error).split())}") from error
+    refuse_another_recipe(recipe_of(options, made), checkpoint)
+    return made
 
 
 def muon(options: RunOptions) -> tuple[type, dict[str, Any]]:
@@ -296,22 +281,6 @@ class SampleCallback(TrainerCallback):
         print("  sample: " + ("\n" + " " * 10).join(lines), flush=True)
 
 
-class RecordCallback(TrainerCallback):
-    """Writes run.json into every checkpoint: what it is a checkpoint of, and how to go on from it.
-
-    Args:
-        record: gives the content of run.json for the Trainer's state.
-    """
-
-    def __init__(self, record: Callable[[Any], dict[str, Any]]):
-        self.record = record
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            with staged_directory(Path(args.output_dir) / f"checkpoint-{state.global_step}") as staging:
-                write_run(staging, self.record(state))
-
-
 def continuation(model, tokenizer: PreTrainedTokenizerFast, ids: list[int], new_tokens: int) -> str:
     """Greedy continuation of token ids, as text."""
     was_training = model.training
@@ -367,7 +336,15 @@ def run_training(
 
     Returns:
         Exit code: 0, or 130 if a signal ended the run (a checkpoint is saved).
+
+    Raises:
+        UserError: `checkpoint` was trained on other data, or in another stage.
+        DivergedError: a step was not finite, or its loss a spike.
     """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_model_and_data = {"data": fingerprint(train), "trained_parameters": trained}
+    refuse_another_recipe(of_model_and_data, checkpoint)
+    recipe = {**recipe_of(options, arguments), **of_model_and_data}
     peak = measured_throughput(torch.bfloat16 if arguments.bf16 else torch.float32, arguments.device)
     flops = training_flops_per_token(model, tokens_per_row)
     counts = model.parameter_counts()
@@ -388,6 +365,7 @@ def run_training(
             "world_size": arguments.world_size,
             "precision": "bf16" if arguments.bf16 else "fp32",
             "seed": options.seed,
+            "recipe": recipe,
         }
 
     rows = min(options.eval_rows or len(heldout), len(heldout))
@@ -400,17 +378,20 @@ def run_training(
         processing_class=tokenizer,
         token_bytes=token_bytes,
         multistep=options.schedule == "multistep",
+        spike_factor=options.spike_factor,
         optimizer_cls_and_kwargs=muon(options) if options.optimizer == "muon" else None,
-        callbacks=[ConsoleCallback(flops, peak, yardsticks), SampleCallback(say), RecordCallback(record)],
+        record=record,
+        callbacks=[ConsoleCallback(flops, peak, yardsticks), SampleCallback(say)],
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 
     if checkpoint is not None:
         print(f"resuming from {checkpoint}", flush=True)
-    elif trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
+        clear_leftovers(out)
         # Of the run that --overwrite replaces. They would be newer than this run's first ones, by their numbers.
-        for old in out.glob("checkpoint-*"):
+        for old in [] if checkpoint else out.glob("checkpoint-*"):
             shutil.rmtree(old)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.interrupted:
@@ -455,13 +436,3 @@ def describe(model, arguments, counts, flops, peak, tokens_per_row, rows, heldou
         f"{'bf16 autocast' if arguments.bf16 else 'fp32'}, peak {peak / 1e9:,.0f} GFLOP/s (a matrix product, measured)",
         flush=True,
     )
-
-
-def write_run(folder: Path, record: dict[str, Any]) -> None:
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """What `folder`'s run.json says, or None where there is none."""
-    file = folder / RUN_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

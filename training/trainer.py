@@ -2,14 +2,15 @@
 
 the plain Trainer + RouterBiasCallback()   trains the same weights
 FathomTrainer                              adds the callback by itself, logs MTP loss and expert load, evaluates in
-                                           bits per byte, saves on Ctrl-C, and never loses a checkpoint to a full disk
+                                           bits per byte, saves on Ctrl-C, never loses a checkpoint to a full disk,
+                                           and stops before a step that is not finite
 """
 
 import math
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
-from .checkpoints import TRAINER_STATE, whole_or_nothing
+from .checkpoints import whole_or_nothing, write_run
 from .diagnostics import StreamProbe, balance_by_layer, load_ratio, router_layers
 from .flops import training_flops_per_token
+from .guard import StepGuard
 from .packing import IGNORED
 
 
@@ -103,6 +106,8 @@ class FathomTrainer(Trainer):
             reports `eval_bits_per_byte`.
         multistep: after the warm-up a constant learning rate, 0.316 of it from 80 % of the steps on and 0.1 from 90 %
             (DeepSeek LLM, arXiv 2401.02954, section 2.3), in place of `lr_scheduler_type`.
+        spike_factor: a loss above so many times its recent median ends training (`guard.StepGuard`); 0: none does.
+        record: gives the content of the run.json that every checkpoint gets, for the Trainer's state.
         *args, **kwargs: as for transformers' Trainer.
 
     Logged besides the Trainer's own, whose `loss` is the whole training loss, as means over all that was seen since
@@ -123,9 +128,19 @@ class FathomTrainer(Trainer):
         amax_gain_forward, ...              what `diagnostics.StreamProbe` sees in the first batch
     """
 
-    def __init__(self, *args, token_bytes: list[int] | None = None, multistep: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        token_bytes: list[int] | None = None,
+        multistep: bool = False,
+        spike_factor: float = 0.0,
+        record: Callable[[TrainerState], dict[str, Any]] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.multistep = multistep
+        self.record = record
+        self.guard = StepGuard(spike_factor)
         self.router_bias = RouterBiasCallback()
         self.interrupt = InterruptCallback()
         self.add_callback(self.router_bias)
@@ -147,14 +162,34 @@ class FathomTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         with self.interrupt.listening():
-            if isinstance(resume_from_checkpoint, str) and not self.is_fsdp_enabled:
-                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE))
-                # The Trainer looks at the number of steps after a step, so it would take one too many.
-                if state.global_step >= self.args.max_steps > 0:
-                    self.state = state
-                    self._load_from_checkpoint(resume_from_checkpoint)
-                    return TrainOutput(state.global_step, 0.0, {})
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # The Trainer looks at the number of steps after a step: resumed at its end, a run would take one too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.args.bf16:
+            # accelerate's own policy also adds up gradients in bf16, and casts to it what modules return: the loss, and
+            # expert counts, which above 256 would be wrong.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.note(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # What the Trainer does last before the optimizer's step, on all ranks.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check(self, grad_norm)
+        return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Taken now: with label smoothing, the Trainer takes the labels out of the inputs.
@@ -310,9 +345,29 @@ class FathomTrainer(Trainer):
             metrics |= balance_by_layer(sums["load"], router_layers(self.model)[: len(ratio)])
         return metrics | self._stream_metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; with a sharded state dict also a whole model, except in checkpoints."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save and output_dir is not None:
+            self.model.config.save_pretrained(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The file that marks a checkpoint as complete comes next; it must not come before another rank's.
+        self.accelerator.wait_for_everyone()
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         with whole_or_nothing(folder) if self.args.should_save else nullcontext():
+            if self.record is not None and self.args.should_save:
+                # First: with its last file the Trainer takes the checkpoint for complete, and removes older ones.
+                folder.mkdir(parents=True)
+                write_run(folder, self.record(self.state))
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
 

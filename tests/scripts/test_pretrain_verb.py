@@ -355,6 +355,9 @@ def test_a_v3_model_becomes_v32_in_two_stages(data, whole, capsys):
         words = [*common, *words, "--eval_steps", "20", "--save_steps", "20"]
         assert cli.main(["pretrain", *words]) == 0
     assert "indexers capture" in capsys.readouterr().out
+    other = [*pretrain_words(data, warm, steps=20), *stages[warm], "--stage", "dense", "--resume"]
+    assert cli.main(["pretrain", *other]) == 2
+    assert "another configuration (trained_parameters" in capsys.readouterr().err
 
     before, warmed, trained = weights(whole), weights(warm), weights(sparse)
     assert {name for name in warmed if name not in before} == {name for name in warmed if ".indexer." in name}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fathom.training.checkpoints import (
     check_checkpoint,
+    clear_leftovers,
     find_checkpoints,
     latest_checkpoint,
     load_model,
@@ -281,17 +282,35 @@ class TestCheckCheckpoint:
             check_checkpoint(model)
 
 
+def test_what_a_kill_left_is_cleared_and_nothing_else(tmp_path):
+    left = [tmp_path / ".run.partial-0a1b", tmp_path / "run" / ".checkpoint-4.previous"]
+    kept = [tmp_path / ".run2.partial-0a1b", tmp_path / "run" / "checkpoint-4", tmp_path / "run" / ".mine"]
+    for folder in left + kept:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    clear_leftovers(tmp_path / "run")
+    assert not any(folder.exists() for folder in left)
+    assert all((folder / "file").exists() for folder in kept)
+
+
 class TestFinding:
     def test_newest_complete_checkpoint(self, model: Path, capsys: pytest.CaptureFixture[str]):
         run = model.parent
         for step in (9, 10, 100):
             folder = shutil.copytree(model, run / f"checkpoint-{step}")
-            (folder / "trainer_state.json").write_text("{}")
+            for name in ("trainer_state.json", "run.json", "scheduler.pt", "optimizer.pt"):
+                (folder / name).write_text("{}")
         assert latest_checkpoint(run) == run / "checkpoint-100"
         (run / "checkpoint-100" / "trainer_state.json").unlink()
         assert latest_checkpoint(run) == run / "checkpoint-10"
         assert "skipping an incomplete checkpoint" in capsys.readouterr().out
         os.truncate(run / "checkpoint-10" / "model.safetensors", 500)
+        assert latest_checkpoint(run) == run / "checkpoint-9"
+        for name in ("scheduler.pt", "optimizer.pt", "run.json"):
+            content = (run / "checkpoint-9" / name).read_bytes()
+            (run / "checkpoint-9" / name).unlink()
+            assert latest_checkpoint(run) is None
+            (run / "checkpoint-9" / name).write_bytes(content)
         assert latest_checkpoint(run) == run / "checkpoint-9"
         (run / "checkpoint-9" / "trainer_state.json").write_text("{")
         assert latest_checkpoint(run) is None

@@ -132,11 +132,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(data, tmp_path):
     script.write_text(
         "import os, signal, sys\n"
         "from fathom.scripts import cli\n"
-        "from fathom.training.run import RecordCallback\n"
+        "from fathom.training.run import SampleCallback\n"
         "def on_step_begin(self, args, state, control, **kwargs):\n"
         "    if state.global_step == 2 and os.environ['RANK'] == '1':\n"
         "        signal.raise_signal(signal.SIGINT)\n"
-        "RecordCallback.on_step_begin = on_step_begin\n"
+        "SampleCallback.on_step_begin = on_step_begin\n"
         "code = cli.main(['pretrain', *sys.argv[1:]])\n"
         "open(f'{sys.argv[6]}-{os.environ[\"RANK\"]}', 'w').write(str(code))\n"
     )

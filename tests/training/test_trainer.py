@@ -9,57 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tiny_runs import model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tiny_runs import LENGTH, VOCABULARY, model, trainer
+from tiny_runs import packed_rows as rows
+from transformers import Trainer, TrainerCallback
 
 from fathom import FathomConfig, FathomForCausalLM, FathomForSequenceClassification, FathomTrainer, RouterBiasCallback
 from fathom.modeling.experts import TopKRouter
 from fathom.training.diagnostics import load_ratio
 from fathom.training.optimizers import MuonFactory
 from fathom.training.packing import IGNORED, collate_rows
-
-VOCABULARY, LENGTH = 97, 24
-
-
-def rows(count: int, seed: int = 0) -> Dataset:
-    """Packed rows with documents of random length; the first token of a document is no target."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
-        while len(row["input_ids"]) < LENGTH:
-            length = int(torch.randint(1, 12, (), generator=generator))
-            ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-            row["input_ids"] += ids
-            row["position_ids"] += range(length)
-            row["labels"] += [IGNORED, *ids[1:]]
-        made.append({name: values[:LENGTH] for name, values in row.items()})
-    return Dataset.from_list(made)
-
-
-def trainer(folder, trained, train=None, heldout=None, kind=FathomTrainer, callbacks=(), **overrides):
-    of_trainer = ("token_bytes", "multistep", "optimizer_cls_and_kwargs")
-    further = {name: overrides.pop(name) for name in of_trainer if name in overrides}
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return kind(
-        model=trained,
-        args=TrainingArguments(**{**settings, **overrides}),
-        train_dataset=train,
-        eval_dataset=heldout,
-        data_collator=collate_rows,
-        callbacks=list(callbacks),
-        **further,
-    )
 
 
 def logged(fathom_trainer, name: str) -> list[float]:
