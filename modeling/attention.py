@@ -17,6 +17,7 @@ Q query latent width, d width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .normalization import FathomRMSNorm
 from .rotary import apply_rotary, yarn_softmax_scale
+
+
+class MixerOutput(NamedTuple):
+    """What a token mixer returns."""
+
+    hidden_states: torch.Tensor  # [B, T, d]
+    weights: torch.Tensor | None  # [B, H, T, S], where the attention backend has them
+    indexer_report: torch.Tensor | None = None  # [F, B, T], of mixers with an indexer, where asked for (`indexing`)
 
 
 class FathomAttention(nn.Module):
@@ -126,8 +135,8 @@ class MultiHeadAttention(FathomAttention):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+    ) -> MixerOutput:
+        """Mixes the tokens of hidden states [B, T, d]."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
@@ -138,7 +147,7 @@ class MultiHeadAttention(FathomAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output), weights
+        return MixerOutput(self.o_proj(output), weights)
 
 
 class MultiHeadLatentAttention(FathomAttention):
@@ -179,14 +188,14 @@ class MultiHeadLatentAttention(FathomAttention):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+    ) -> MixerOutput:
+        """Mixes the tokens of hidden states [B, T, d]."""
         q_nope, q_pe = self.queries(self.query_latent(hidden_states), position_embeddings)
         latent, k_pe = self.latents(hidden_states, position_embeddings)
         if past_key_values is not None:
             latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
         output, weights = self.attend_latents(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
-        return self.o_proj(output), weights
+        return MixerOutput(self.o_proj(output), weights)
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, d] -> what queries are expanded from: the normed latent [B, T, Q], or without one the input itself."""
@@ -253,11 +262,8 @@ class MultiHeadLatentAttention(FathomAttention):
         self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
-        w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
-            [self.qk_nope_head_dim, self.v_head_dim], dim=1
-        )  # [H, D, R], [H, D_v, R]
-        q_latent = q_nope @ w_uk  # [B, H, T, R]
-        query = torch.cat((q_latent, q_pe), dim=-1)
+        w_uk, w_uv = self.expansion()
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1)  # [B, H, T, R + P]
         key = torch.cat((latent, k_pe), dim=-1)  # [B, 1, S, R + P], the same for all heads
         # One product per sequence, with heads and queries side by side, instead of one per head.
         scores = query.flatten(1, 2) @ key.squeeze(1).transpose(-1, -2) * self.scaling  # [B, H T, S]
@@ -265,3 +271,8 @@ class MultiHeadLatentAttention(FathomAttention):
         output = (weights.flatten(1, 2) @ latent.squeeze(1)).unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
         output = output @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
         return output.transpose(1, 2).flatten(2), weights
+
+    def expansion(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrices that expand a latent to keys [H, D, R] and values [H, D_v, R]."""
+        weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)

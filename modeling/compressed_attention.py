@@ -32,12 +32,25 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from .attention import FathomAttention
+from .attention import FathomAttention, MixerOutput
 from .cache import DOCUMENT, NOWHERE, CompressedCacheLayer
-from .indexing import FrozenIndexer, best_of, index_scores
+from .indexing import (
+    TrainableIndexer,
+    best_of,
+    head_summed_attention,
+    head_weights,
+    index_scores,
+    indexer_report,
+)
 from .normalization import FathomRMSNorm
 from .rotary import FathomRotaryEmbedding, apply_rotary
+
+logger = logging.get_logger(__name__)
+
+# Queries that SDPA is given at a time: of long texts only the keys around them are read, and masked.
+QUERIES_AT_ONCE = 256
 
 
 class GroupedLinear(nn.Linear):
@@ -155,20 +168,18 @@ def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) ->
 
 
 class IndexerScorer(nn.Module):
-    """`I_s = sum_h w_h relu(q_h k_s)`, with both scales of the product in the weights."""
+    """Holds the weights of the indexer's heads, as transformers' layout has it."""
 
     def __init__(self, config):
         super().__init__()
         self.weights_proj = nn.Linear(config.hidden_size, config.index_n_heads, bias=False)
-        self.scaling = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
 
     def forward(self, query: torch.Tensor, entries: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, T, D], entries [B, N, D] and hidden states [B, T, d] -> fp32 scores [B, T, N]."""
-        weights = self.weights_proj(hidden_states).float() * self.scaling  # [B, T, H]
-        return index_scores(query, entries, weights)
+        return index_scores(query, entries, head_weights(self.weights_proj, hidden_states, query.shape[-1]))
 
 
-class Indexer(Compressor, FrozenIndexer):
+class Indexer(Compressor, TrainableIndexer):
     """Chooses the entries that a query of a `csa` layer sees, by small entries of its own."""
 
     def __init__(self, config):
@@ -177,34 +188,31 @@ class Indexer(Compressor, FrozenIndexer):
         self.index_topk = config.index_topk
         self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False)
         self.scorer = IndexerScorer(config)
-        self.requires_grad_(False)
 
-    # The choice has no gradient, so neither have the scores that it is made by.
-    @torch.no_grad()
-    def select(
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As every compressor's, but without a gradient to what it reads."""
+        return super().project(hidden_states.detach())
+
+    def scores(
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
         entries: torch.Tensor,
-        visible: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """The `index_topk` best of the visible entries.
+        """Scores of all entries for all queries.
 
         Args:
             hidden_states: [B, T, d].
             q_latent: [B, T, q_lora_rank], the attention's compressed queries.
             entries: [B, N, index_head_dim].
-            visible: [B, T, N].
             rotation: cosines and sines of the queries' positions.
 
         Returns:
-            Bool [B, T, N].
+            [B, T, N] in fp32.
         """
-        query = self.q_b_proj(q_latent).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
-        query = rotate_end(query, *rotation)
-        scores = self.scorer(query, entries, hidden_states)
-        return best_of(scores.masked_fill(~visible, float("-inf")), self.index_topk) & visible
+        query = self.q_b_proj(q_latent.detach()).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
+        return self.scorer(rotate_end(query, *rotation), entries, hidden_states.detach())
 
 
 class CompressedSparseCompressor(Compressor):
@@ -233,6 +241,7 @@ class SlidingWindowAttention(FathomAttention):
         self.o_a_proj = GroupedLinear(query_width // config.o_groups, config.o_lora_rank, config.o_groups)
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(self.num_heads))
+        self.index_dense = config.index_dense
         self.compressor = self.make_compressor(config)
         self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
 
@@ -248,17 +257,19 @@ class SlidingWindowAttention(FathomAttention):
         hidden_states: torch.Tensor,
         places: torch.Tensor,
         past_key_values: Cache | None = None,
+        report_indexer: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> MixerOutput:
         """Mixes tokens.
 
         Args:
             hidden_states: [B, T, d].
             places: [B, T], where the tokens stand (`cache.token_places`); this takes the part of an attention mask.
             past_key_values: cache whose layer is a `CompressedCacheLayer`.
+            report_indexer: whether the output is to have the indexer's report, where there is an indexer.
 
         Returns:
-            Output [B, T, d]; attention weights [B, H, T, S + N], the window's tokens first, then the entries.
+            Attention weights are [B, H, T, S + N], the window's tokens first, then the entries; None with SDPA.
         """
         rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
         q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
@@ -274,38 +285,66 @@ class SlidingWindowAttention(FathomAttention):
             after = after if layer.last_places is None else layer.last_places.unsqueeze(1)
             streams = layer.append_tokens(**streams)
         keys = streams["window"]  # [B, S, D]
-        distance = places.unsqueeze(2) - streams["places"][:, -keys.shape[1] :].unsqueeze(1)
-        visible = (distance >= 0) & (distance < self.window)  # [B, T, S]
+        key_places = streams["places"][:, -keys.shape[1] :]
+        entries, chosen = keys[:, :0], places.new_zeros((*places.shape, 0), dtype=torch.bool)
+        report = None
         if self.compressor is not None:
-            entries = self.entries(streams, after, layer)
-            keys = torch.cat((keys, entries["compressor"]), dim=1)
-            visible = torch.cat((visible, self.visible_entries(hidden_states, q_latent, places, entries, rotation)), 2)
+            all_entries = self.entries(streams, after, layer)
+            entries = all_entries["compressor"]
+            visible = self.visible_entries(places, all_entries["places"])
+            chosen, scores = self.choose(hidden_states, q_latent, all_entries, visible, rotation)
+            if report_indexer and scores is not None:
+                report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
+            if self.index_dense:
+                chosen = visible
 
-        output, weights = self.attend_with_sinks(query, keys, visible)
+        output, weights = self.attend_in_parts(query, places, keys, key_places, entries, chosen)
+        if weights is None and kwargs.get("output_attentions"):
+            logger.warning_once(
+                "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
+            )
         cos, sin = rotation
         output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
         output = self.o_a_proj(output.unflatten(-1, (self.o_a_proj.groups, -1))).flatten(2)
-        return self.o_b_proj(output), weights
+        return MixerOutput(self.o_b_proj(output), weights, report)
 
-    def attend_with_sinks(
-        self, query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax in fp32 over the visible keys and one more logit per head, whose value is 0.
+    def attend_in_parts(
+        self,
+        query: torch.Tensor,
+        places: torch.Tensor,
+        keys: torch.Tensor,
+        key_places: torch.Tensor,
+        entries: torch.Tensor,
+        chosen: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention to the window and to entries. SDPA gets a part of many queries at a time, and the keys it needs.
+
+        So neither products nor masks grow with T^2. `eager` is the definition, and has the weights of all at once.
 
         Args:
-            query: [B, H, T, D].
-            keys: [B, S, D], values at the same time.
-            visible: bool [B, T, S]. A query that sees nothing gives all its weight to the sink.
+            query: [B, H, T, D] at `places` [B, T].
+            keys: [B, S, D] at `key_places` [B, S].
+            entries: [B, N, D].
+            chosen: bool [B, T, N], the entries that a query sees.
 
         Returns:
-            Output [B, H, T, D] and weights [B, H, T, S] without the sink's.
+            Output [B, H, T, D]; weights [B, H, T, S + N], None with SDPA.
         """
-        scores = (query.flatten(1, 2) @ keys.transpose(-1, -2) * self.scaling).unflatten(1, query.shape[1:3]).float()
-        scores = scores.masked_fill(~visible.unsqueeze(1), torch.finfo(scores.dtype).min)
-        sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype)
-        weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
-        return (weights.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3]), weights
+        fused = self.config._attn_implementation == "sdpa"
+        attend = sdpa_with_sinks if fused else eager_with_sinks
+        dropout = self.attention_dropout if self.training else 0.0
+        # Which keys a part needs depends on the data, which a compiled graph must not.
+        in_parts = fused and query.shape[2] > QUERIES_AT_ONCE and not torch.compiler.is_compiling()
+        outputs = []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE) if in_parts else (0,):
+            part = slice(start, start + QUERIES_AT_ONCE) if in_parts else slice(None)
+            near = reach(places[:, part], key_places, self.window) if in_parts else slice(None)
+            distance = places[:, part].unsqueeze(2) - key_places[:, near].unsqueeze(1)
+            visible = torch.cat(((distance >= 0) & (distance < self.window), chosen[:, part]), dim=2)
+            near_keys = torch.cat((keys[:, near], entries), dim=1)
+            output, weights = attend(query[:, :, part], near_keys, visible, self.sinks, self.scaling, dropout)
+            outputs.append(output)
+        return torch.cat(outputs, dim=2), weights
 
     def contributions(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the new tokens contribute to entries, by compressor: {name: [B, T, W]}."""
@@ -328,17 +367,21 @@ class SlidingWindowAttention(FathomAttention):
             new["places"] = places
         return new if layer is None else layer.append_entries(**new)
 
-    def visible_entries(
+    def visible_entries(self, places: torch.Tensor, entry_places: torch.Tensor) -> torch.Tensor:
+        """Entries of the query's own document that are complete: bool [B, T, N]."""
+        query, entry = places.unsqueeze(2), entry_places.unsqueeze(1)
+        return (entry <= query) & (entry >= query - query % DOCUMENT)
+
+    def choose(
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
-        places: torch.Tensor,
         entries: dict[str, torch.Tensor],
+        visible: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Entries of the query's own document that are complete: bool [B, T, N]."""
-        query, entry = places.unsqueeze(2), entries["places"].unsqueeze(1)
-        return (entry <= query) & (entry >= query - query % DOCUMENT)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which of the visible entries [B, T, N] a query reads: here all. And the scores that say so, if any do."""
+        return visible, None
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
@@ -359,10 +402,99 @@ class CompressedSparseAttention(SlidingWindowAttention):
     def compressors(self) -> dict[str, Compressor]:
         return {"compressor": self.compressor, "indexer": self.compressor.indexer}
 
-    def visible_entries(self, hidden_states, q_latent, places, entries, rotation) -> torch.Tensor:
-        """The best of them by the indexer: bool [B, T, N]."""
-        visible = super().visible_entries(hidden_states, q_latent, places, entries, rotation)
-        return self.compressor.indexer.select(hidden_states, q_latent, entries["indexer"], visible, rotation)
+    def choose(self, hidden_states, q_latent, entries, visible, rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of them by the indexer."""
+        indexer = self.compressor.indexer
+        scores = indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
+        best = best_of(scores.detach().masked_fill(~visible, float("-inf")), indexer.index_topk)
+        return best & visible, scores
+
+    def report(
+        self,
+        query: torch.Tensor,
+        places: torch.Tensor,
+        keys: torch.Tensor,
+        key_places: torch.Tensor,
+        entries: torch.Tensor,
+        visible: torch.Tensor,
+        chosen: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """The indexer against the attention to entries, among window and sinks. Arguments as in `attend_in_parts`."""
+        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
+        near = (distance >= 0) & (distance < self.window)  # [B, T, S]
+        both = torch.cat((keys, entries), dim=1).detach()
+
+        def attention(attended: torch.Tensor) -> torch.Tensor:
+            seen = torch.cat((near, attended), dim=2)
+            return head_summed_attention(query.detach(), both, seen, self.scaling, self.sinks)[..., near.shape[2] :]
+
+        return indexer_report(scores, visible, chosen, attention, self.index_dense, not self.training)
+
+
+def reach(places: torch.Tensor, key_places: torch.Tensor, window: int) -> slice:
+    """The range of keys, in `key_places` [B, S], outside of which no query at `places` [B, T] sees any."""
+    newest = places.amax(dim=1, keepdim=True)
+    oldest = places.where(places != NOWHERE, newest).amin(dim=1, keepdim=True)
+    near = (key_places > oldest - window) & (key_places <= newest) & (key_places != NOWHERE)  # [B, S]
+    indices = near.any(dim=0).nonzero().flatten().tolist()
+    return slice(indices[0], indices[-1] + 1) if indices else slice(0)
+
+
+def eager_with_sinks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: softmax in fp32 over the visible keys and one more logit per head, whose value is 0.
+
+    Args:
+        query: [B, H, T, D].
+        keys: [B, S, D], values at the same time.
+        visible: bool [B, T, S]. A query that sees nothing gives all its weight to the sink.
+        sinks: [H].
+
+    Returns:
+        Output [B, H, T, D] and weights [B, H, T, S] without the sink's.
+    """
+    scores = (query.flatten(1, 2) @ keys.transpose(-1, -2) * scaling).unflatten(1, query.shape[1:3]).float()
+    scores = scores.masked_fill(~visible.unsqueeze(1), torch.finfo(scores.dtype).min)
+    sinks = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype)
+    weights = F.dropout(weights, p=dropout)
+    return (weights.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3]), weights
+
+
+def sdpa_with_sinks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    sinks: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """The same output as `eager_with_sinks`, by PyTorch's fused kernels, which know no sinks.
+
+    The sink becomes a key that all see, in a dimension of its own: `[q_h, sink_h / scaling] [0, 1] scaling = sink_h`,
+    while the other keys are 0 there. As a value it is 0 where the output is read.
+    """
+    width = query.shape[-1]
+    # The sink's dimension, and zeros up to the next multiple of 8, which fused kernels on a GPU ask for.
+    added = 8 - width % 8
+    sink_query = (sinks / scaling).to(query.dtype).view(1, -1, 1, 1).expand(*query.shape[:-1], 1)
+    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D']
+    sink_key = (torch.arange(width + added, device=keys.device) == width).to(keys.dtype).expand(len(keys), 1, -1)
+    keys = torch.cat((F.pad(keys, (0, added)), sink_key), dim=1).unsqueeze(1)  # [B, 1, S + 1, D']
+    visible = F.pad(visible, (0, 1), value=True).unsqueeze(1)  # [B, 1, T, S + 1]
+    # The heads of a single query stand in line as if they were queries: the keys they share are then read once.
+    single = query.shape[2] == 1
+    query = query.transpose(1, 2) if single else query
+    keys = keys.expand(-1, query.shape[1], -1, -1)
+    output = F.scaled_dot_product_attention(query, keys, keys, attn_mask=visible, dropout_p=dropout, scale=scaling)
+    return (output.transpose(1, 2) if single else output)[..., :width], None
 
 
 def rotate_end(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

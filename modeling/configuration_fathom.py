@@ -69,6 +69,8 @@ class FathomConfig(PreTrainedConfig):
         o_groups, o_lora_rank: output projection of these layers: groups of heads, width per group.
         index_n_heads, index_head_dim, index_topk: heads of the indexer of `dsa` and `csa`, their width, and how many
             keys (`dsa`) or entries (`csa`) it selects for a query.
+        index_dense: attend to all keys (entries) though there is an indexer, as while it warms up.
+        indexer_loss_coef: weight of the loss that indexers learn by, mean over layers; 0 freezes them.
         rope_interleave: rotary pairs are neighbours `(x0, x1)`, as in DeepSeek's checkpoints; `False`: halves.
         rope_parameters: transformers' rotary settings (`rope_type`, `rope_theta`, YaRN keys).
         n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size: DeepSeekMoE.
@@ -133,6 +135,8 @@ class FathomConfig(PreTrainedConfig):
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 2048
+    index_dense: bool = False
+    indexer_loss_coef: float | int = 1.0
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     position_embedding_type: str = "rope"

@@ -45,6 +45,7 @@ class LayerOutput(NamedTuple):
     hidden_states: torch.Tensor  # [B, T, d], or with n > 1 residual streams [B, T, n, d]
     expert_counts: torch.Tensor | None = None  # [E], tokens per routed expert
     balance_loss: torch.Tensor | None = None  # scalar, weighted; in training only
+    indexer_report: torch.Tensor | None = None  # [F, B, T], of the token mixer's indexer, where asked for (`indexing`)
 
 
 class FathomDecoderLayer(GradientCheckpointingLayer):
@@ -75,7 +76,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
         """
         mixer_input, mixing = self.attn_hc(hidden_states)
-        mixed, _ = self.self_attn(
+        mixed, _, indexer_report = self.self_attn(
             self.input_layernorm(mixer_input),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -87,4 +88,5 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         mixed, expert_counts, balance_loss = self.mlp(
             self.post_attention_layernorm(mixer_input), token_mask=token_mask, input_ids=input_ids
         )
-        return LayerOutput(self.ffn_hc.write(hidden_states, mixed, mixing), expert_counts, balance_loss)
+        hidden_states = self.ffn_hc.write(hidden_states, mixed, mixing)
+        return LayerOutput(hidden_states, expert_counts, balance_loss, indexer_report)

@@ -2,27 +2,52 @@
 
 An indexer is a very small attention whose scores only choose (DeepSeek-V3.2, arXiv 2512.02556, section 2.1):
 
-    I_ts = sum_j w_tj relu(q_tj k_s)
+    I_ts = sum_j w_tj relu(q_tj k_s),     w_t = W h_t / sqrt(J D)
 
 Where no head has a positive product the score is exactly 0, so ties at the border of a choice are common. Of equal
 scores the last keys win, however many there are and whatever is hidden among them: a text read at once and token by
 token chooses the same. (Scores that differ by no more than rounding can still change places between the two.)
 
-A choice has no gradient, so the language-modelling loss does not reach an indexer (the paper trains it by a KL loss of
-its own). Its parameters are frozen: distributed training waits for the gradient of every other kind.
+A choice has no gradient, so the language-modelling loss does not reach an indexer. It learns to foretell the attention
+that it selects for, by a loss of its own (section 2.1.1):
 
-Shapes: B batch, T queries, S keys, J indexer heads, D their width.
+    L = sum_t KL(p_t || softmax(I_t)),      p_t: attention weights of query t, summed over the heads, normalised
+
+over all visible keys as long as attention is dense (`index_dense`, the warm-up), over the selected ones from then on.
+Neither p nor what the indexer reads has a gradient, so that nothing else of the model feels this loss.
+
+Shapes: B batch, T queries, S keys, H attention heads, J indexer heads, D a head's width.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-# Products of queries and keys held at a time, over all indexer heads: 64 MiB.
+# Products of queries and keys held at a time, over all heads: 64 MiB.
 PRODUCTS_AT_ONCE = 2**24
 
 
-class FrozenIndexer(nn.Module):
-    """Base of the indexers, by which loading knows whose parameters to freeze again."""
+class TrainableIndexer(nn.Module):
+    """Base of the indexers, by which their parameters are found."""
+
+
+# How well an indexer foretells the attention of its layer, one tensor [F, B, T] with these figures of every query. In
+# training `loss` alone, KL(p || softmax(I)) in nats. The others are of queries that see more keys than are selected
+# (`chooses`, 1 or 0), and 0 elsewhere; the K keys of largest p are the true choice:
+#
+#   recall, recent_recall   share of it that the indexer selects, and that the K most recent keys have
+#   mass, recent_mass       share of p on the indexer's keys, and on the K most recent ones
+#   random                  both shares for K keys at random, K / S
+REPORT = ("loss", "chooses", "recall", "mass", "recent_recall", "recent_mass", "random")
+
+
+def head_weights(projection: nn.Linear, hidden_states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Weights of the J indexer heads, in fp32 also under autocast: hidden states [B, T, d] -> [B, T, J]."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        weights = F.linear(hidden_states.float(), projection.weight.float())
+    return weights * (projection.out_features * head_dim) ** -0.5
 
 
 def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -30,7 +55,7 @@ def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor)
 
     Args:
         query: [B, J, T, D]. keys: [B, S, D].
-        weights: [B, T, J], with the scale of the product in them.
+        weights: [B, T, J], see `head_weights`.
 
     Returns:
         [B, T, S]. Keys that a query may not see are scored as well.
@@ -54,3 +79,97 @@ def best_of(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     room = top_k - above.sum(dim=-1, keepdim=True)
     tied_from_here = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
     return above | (tied & (tied_from_here <= room))
+
+
+def indexer_report(
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    selected: torch.Tensor,
+    attention: Callable[[torch.Tensor], torch.Tensor],
+    dense: bool,
+    measure: bool,
+) -> torch.Tensor:
+    """Compares an indexer's scores with the attention of its layer.
+
+    Args:
+        scores: [B, T, S], with gradient.
+        visible: bool [B, T, S], all keys that a query may see. selected: those of them that the indexer chooses.
+        attention: attention weights summed over the heads, [B, T, S], for a mask of keys to attend to.
+        dense: whether the layer attends to all visible keys, and not only to the selected ones.
+        measure: also measure the choice.
+
+    Returns:
+        The figures of `REPORT` [F, B, T], or without `measure` the loss alone [1, B, T].
+    """
+    attended = visible if dense else selected
+    weights = normalised(attention(attended), attended)
+    loss = kl_divergence(weights, scores, attended)
+    if not measure:
+        return loss.unsqueeze(0)
+    if not dense:
+        weights = normalised(attention(visible), visible)
+    chosen, seen = selected.sum(dim=-1), visible.sum(dim=-1)
+    chooses = seen > chosen
+    rank_from_newest = visible.flip(-1).cumsum(-1).flip(-1)
+    recent = visible & (rank_from_newest <= chosen.unsqueeze(-1))
+    top_k = int(chosen.max())
+    true_choice = best_of(weights.masked_fill(~visible, -1.0), top_k) & visible
+
+    def where_chosen(share: torch.Tensor) -> torch.Tensor:
+        return share.where(chooses, 0.0)
+
+    def recall(keys: torch.Tensor) -> torch.Tensor:
+        return where_chosen((keys & true_choice).sum(dim=-1) / true_choice.sum(dim=-1).clamp(min=1))
+
+    def mass(keys: torch.Tensor) -> torch.Tensor:
+        return where_chosen((weights * keys).sum(dim=-1))
+
+    random = where_chosen(chosen / seen.clamp(min=1))
+    figures = (chooses.float(), recall(selected), mass(selected), recall(recent), mass(recent), random)
+    return torch.stack((loss, *figures))
+
+
+def kl_divergence(weights: torch.Tensor, scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """KL(weights || softmax of scores over `keys`), all [B, T, S] -> [B, T]; 0 for a query without keys."""
+    log_softmax = scores.masked_fill(~keys, torch.finfo(scores.dtype).min).log_softmax(dim=-1)
+    terms = torch.xlogy(weights, weights) - weights * log_softmax
+    return terms.where(keys, 0.0).sum(dim=-1)
+
+
+def normalised(weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Weights [B, T, S] as a distribution over `keys`; zeros where there are none."""
+    weights = weights * keys
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+@torch.no_grad()
+def head_summed_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention weights summed over the heads, in fp32, some queries at a time.
+
+    Args:
+        query: [B, H, T, D]. keys: [B, S, D], shared by the heads.
+        visible: bool [B, T, S].
+        sinks: [H], logits that take weight from the keys.
+
+    Returns:
+        [B, T, S].
+    """
+    batch, heads, _, _ = query.shape
+    keys_transposed = keys.float().transpose(-1, -2).unsqueeze(1)  # [B, 1, D, S]
+    rows = max(1, PRODUCTS_AT_ONCE // max(1, batch * heads * keys.shape[1]))
+    sums = []
+    with torch.autocast(query.device.type, enabled=False):
+        for some_queries, seen in zip(query.split(rows, dim=2), visible.split(rows, dim=1), strict=True):
+            logits = some_queries.float() @ keys_transposed * scaling  # [B, H, t, S]
+            logits = logits.masked_fill(~seen.unsqueeze(1), torch.finfo(logits.dtype).min)
+            if sinks is not None:
+                sink = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+                logits = torch.cat((logits, sink), dim=-1)
+            sums.append((logits.softmax(dim=-1)[..., : keys.shape[1]] * seen.unsqueeze(1)).sum(dim=1))
+    return torch.cat(sums, dim=1)

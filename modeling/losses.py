@@ -1,4 +1,4 @@
-"""Next-token cross-entropy of a linear head that never holds the logits of all tokens.
+"""The terms of a language model's loss, and a cross-entropy that never holds the logits of all tokens.
 
     loss = sum_n logsumexp(W h_n) - (W h_n)[y_n],     d loss / d (W h_n) = softmax(W h_n) - onehot(y_n)
 
@@ -7,17 +7,72 @@ of them: for 129,280 words and 4096 tokens more than 4 GB. Here a chunk of token
 backward, while its logits are there; kept are the gradients of h and W, which are needed anyway. No product is computed
 twice. (The idea is that of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, section 3.2.)
 
-Shapes: N tokens, d width, V vocabulary.
+Shapes: N tokens, d width, V vocabulary; L indexers, F figures of each, B batch, T tokens per row.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .indexing import REPORT
+
 IGNORED = -100  # target of a position that predicts nothing, as in PyTorch
 
 # Logits held at a time: 64 MiB in fp32.
 LOGITS_AT_ONCE = 2**24
+
+
+class LossTerms(NamedTuple):
+    """The terms of a language model's loss, unweighted but for balance, and the MTP layers' expert counts."""
+
+    next_token: torch.Tensor | None = None
+    mtp_loss: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+    indexer_figures: dict[str, torch.Tensor] | None = None
+    draft_counts: torch.Tensor | None = None
+
+    def weighed(
+        self, config, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor | None:
+        """The loss of training: the sum of all terms that there are, with their weights."""
+        loss = self.next_token
+        if loss is None:
+            return None
+        if self.mtp_loss is not None:
+            loss = loss + config.mtp_loss_weight * self.mtp_loss
+        if self.indexer_figures is not None:
+            loss = loss + config.indexer_loss_coef * self.indexer_figures["loss"]
+        if self.balance_loss is not None:
+            loss = loss + self.balance_loss * share_of_batch(labels, num_items_in_batch)
+        return loss
+
+
+def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """This micro-batch's share of the optimizer step's targets, the weight of a per-batch mean in the step's loss."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+
+def indexer_figures(
+    reports: list[tuple[torch.Tensor | None, torch.Tensor]], num_items: torch.Tensor | int | None
+) -> dict[str, torch.Tensor] | None:
+    """The figures of `indexing.REPORT`, means over indexers and over queries that have a target.
+
+    Args:
+        reports: [L, F, B, T] of some layers, and the targets [B, T] of their queries.
+        num_items: what sums over queries are divided by. None: the number of the first targets.
+    """
+    found = [(report, targets != IGNORED) for report, targets in reports if report is not None]
+    if not found:
+        return None
+    if num_items is None:
+        num_items = found[0][1].sum().clamp(min=1)
+    layers = sum(len(report) for report, _ in found)
+    sums = torch.stack([(report * seen).sum(dim=(0, 2, 3)) for report, seen in found]).sum(dim=0)  # [F]
+    return dict(zip(REPORT, sums / (layers * num_items), strict=False))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

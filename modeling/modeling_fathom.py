@@ -42,8 +42,8 @@ from .configuration_fathom import FathomConfig
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
-from .indexing import FrozenIndexer
-from .losses import IGNORED, head_cross_entropy
+from .indexing import TrainableIndexer
+from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
@@ -74,7 +74,7 @@ class FathomPreTrainedModel(PreTrainedModel):
             # A choice of keys per query is a mask, which these backends cannot be given as a tensor.
             self._supports_flash_attn = self._supports_flex_attn = False
         if config.compresses:
-            # No fused kernel takes sinks and entries: attention is computed as it is written, under "sdpa" too.
+            # Only eager and SDPA attention know about sinks, places and entries (`compressed_attention`).
             self._supports_flash_attn = self._supports_flex_attn = self._can_compile_fullgraph = False
         super().__init__(config, *args, **kwargs)
         # Official checkpoints store copies of the embedding and the head with every MTP layer; they are shared here.
@@ -82,13 +82,21 @@ class FathomPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, which makes every loaded parameter trainable: the indexers are frozen again."""
+        """As in transformers, which makes every loaded parameter trainable, those that no loss reaches too."""
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, FrozenIndexer):
-                module.requires_grad_(False)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_untrained()
         return loaded
+
+    def post_init(self) -> None:
+        super().post_init()
+        self.freeze_untrained()
+
+    def freeze_untrained(self) -> None:
+        """Freezes indexers that have no loss: distributed training waits for the gradient of everything else."""
+        if not self.config.indexer_loss_coef:
+            for module in self.modules():
+                if isinstance(module, TrainableIndexer):
+                    module.requires_grad_(False)
 
     # transformers decides both by searching the text of this file for names that stand in `experts` and `attention`.
     @classmethod
@@ -164,7 +172,8 @@ class FathomPreTrainedModel(PreTrainedModel):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         for router, router_load in zip(routers, load, strict=True):
-            if isinstance(router, TopKRouter):
+            # A layer that is frozen keeps its routing.
+            if isinstance(router, TopKRouter) and router.weight.requires_grad:
                 router.update_bias(router_load, self.config.router_bias_update_speed, self.config.router_bias_recenter)
             router.expert_load = None
         return load
@@ -236,6 +245,7 @@ class FathomModel(FathomPreTrainedModel):
                 unless a filled cache or an attention mask is given.
             past_key_values: cache of the tokens before these.
             use_cache: return a cache; never in training.
+            report_indexer (in kwargs): also return what `indexing.REPORT` says of the indexers.
         """
         self.check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -267,6 +277,7 @@ class FathomModel(FathomPreTrainedModel):
             past_key_values=past_key_values,
             expert_counts=expert_counts,
             balance_loss=balance_loss,
+            indexer_reports=stack_reports(outputs),
             final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
 
@@ -335,6 +346,12 @@ class FathomModel(FathomPreTrainedModel):
         return torch.stack(counts) if counts else None, torch.stack(losses).sum() if losses else None
 
 
+def stack_reports(outputs: list[LayerOutput] | list[DraftOutput]) -> torch.Tensor | None:
+    """The indexers' reports of some layers [L, F, B, T]; None where there are none."""
+    reports = [output.indexer_report for output in outputs if output.indexer_report is not None]
+    return torch.stack(reports) if reports else None
+
+
 class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
     """The language model: `FathomModel`, a head, and in training the MTP and balance losses."""
 
@@ -346,6 +363,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.model = FathomModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.learns_to_select = bool(config.indexer_loss_coef) and (config.uses("dsa") or config.uses("csa"))
         self.post_init()
 
     @can_return_tuple
@@ -374,6 +392,8 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 number of processes do not change the gradient.
             The others are as in `FathomModel`.
         """
+        if labels is not None and self.learns_to_select:
+            kwargs["report_indexer"] = True
         outputs: FathomModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -383,48 +403,71 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        loss = mtp_loss = logits = None
-        if labels is not None and skip_logits:
-            targets = kwargs.get("shift_labels")
-            targets = look_ahead(labels, 1, fill=IGNORED) if targets is None else targets
-            loss = head_cross_entropy(self.lm_head, hidden_states, targets, kwargs.get("num_items_in_batch"))
-        else:
+        hidden_states, expert_counts = outputs.last_hidden_state, outputs.expert_counts
+        if labels is None or not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        balance_loss, expert_counts = outputs.balance_loss, outputs.expert_counts
+        else:
+            logits = None
+        terms = LossTerms()
         if labels is not None:
-            if logits is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
-                embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
-                mtp_loss, mtp_counts, mtp_balance = self.multi_token_prediction(
-                    outputs.final_states, embeds, attention_mask, position_ids, labels, input_ids, **kwargs
-                )
-                if self.training and mtp_counts is not None:
-                    expert_counts = mtp_counts if expert_counts is None else torch.cat((expert_counts, mtp_counts))
-                if mtp_balance is not None:
-                    balance_loss = mtp_balance if balance_loss is None else balance_loss + mtp_balance
-        if self.training:
-            if expert_counts is not None and torch.is_grad_enabled():
-                self.add_expert_load(expert_counts)
-            if loss is not None and mtp_loss is not None:
-                loss = loss + self.config.mtp_loss_weight * mtp_loss
-            if loss is not None and balance_loss is not None:
-                loss = loss + balance_loss * share_of_batch(labels, kwargs.get("num_items_in_batch"))
+            embeds = inputs_embeds if inputs_embeds is not None else self.model.embed_tokens(input_ids)
+            terms = self.loss_terms(
+                outputs, logits, labels, embeds, attention_mask, position_ids, input_ids=input_ids, **kwargs
+            )
+            if self.training and terms.draft_counts is not None:
+                drafts = terms.draft_counts
+                expert_counts = drafts if expert_counts is None else torch.cat((expert_counts, drafts))
+        if self.training and expert_counts is not None and torch.is_grad_enabled():
+            self.add_expert_load(expert_counts)
 
         return FathomCausalLMOutput(
-            loss=loss,
+            loss=terms.weighed(self.config, labels, kwargs.get("num_items_in_batch"))
+            if self.training
+            else terms.next_token,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            mtp_loss=mtp_loss,
-            balance_loss=balance_loss,
+            mtp_loss=terms.mtp_loss,
+            indexer_figures=terms.indexer_figures,
+            balance_loss=outputs.balance_loss if labels is None else terms.balance_loss,
             expert_counts=expert_counts,
         )
 
-    def multi_token_prediction(
+    def loss_terms(
+        self,
+        outputs: FathomModelOutput,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs,
+    ) -> LossTerms:
+        """All that is known of the loss: next token, MTP, balance, indexers. Without `logits` in chunks of tokens."""
+        num_items = kwargs.get("num_items_in_batch")
+        targets = kwargs.get("shift_labels")
+        targets = look_ahead(labels, 1, fill=IGNORED) if targets is None else targets
+        if logits is None:
+            next_token = head_cross_entropy(self.lm_head, outputs.last_hidden_state, targets, num_items)
+        else:
+            next_token = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        terms = LossTerms(next_token, balance_loss=outputs.balance_loss)
+        reports = [(outputs.indexer_reports, targets)]
+        if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
+            drafts = self.draft(outputs.final_states, inputs_embeds, attention_mask, position_ids, labels, **kwargs)
+            losses = [
+                head_cross_entropy(self.lm_head, draft.hidden_states, ahead, num_items) for draft, ahead in drafts
+            ]
+            counts, balance_loss = self.model.collect_routing([draft for draft, _ in drafts])
+            if balance_loss is not None:
+                balance_loss = balance_loss if terms.balance_loss is None else terms.balance_loss + balance_loss
+            terms = terms._replace(mtp_loss=torch.stack(losses).mean(), draft_counts=counts, balance_loss=balance_loss)
+            reports += [(stack_reports([draft]), ahead) for draft, ahead in drafts]
+        return terms._replace(indexer_figures=indexer_figures(reports, num_items))
+
+    def draft(
         self,
         states: torch.Tensor,
         inputs_embeds: torch.Tensor,
@@ -433,16 +476,11 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the MTP layers on the main model's `final_states`.
-
-        Returns:
-            Mean cross-entropy over the depths; expert counts of the MTP layers [depths, E]; their balance loss.
-        """
+    ) -> list[tuple[DraftOutput, torch.Tensor]]:
+        """Runs the MTP layers on the main model's `final_states`: what each returns, and its targets [B, T]."""
         layer_inputs = self.model.layer_inputs(inputs_embeds, attention_mask, position_ids, None)
         position_ids = layer_inputs.pop("position_ids")
-        outputs: list[DraftOutput] = []
-        losses: list[torch.Tensor] = []
+        drafts: list[tuple[DraftOutput, torch.Tensor]] = []
         for depth, layer in enumerate(self.model.mtp_layers, start=1):
             output = DraftOutput(
                 *layer(
@@ -454,12 +492,8 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
                 )
             )
             states = output.states
-            outputs.append(output)
-            targets = targets_ahead(labels, position_ids, depth)
-            losses.append(
-                head_cross_entropy(self.lm_head, output.hidden_states, targets, kwargs.get("num_items_in_batch"))
-            )
-        return torch.stack(losses).mean(), *self.model.collect_routing(outputs)
+            drafts.append((output, targets_ahead(labels, position_ids, depth)))
+        return drafts
 
     def add_expert_load(self, expert_counts: torch.Tensor) -> None:
         """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
@@ -468,21 +502,15 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             router.add_load(counts)
 
 
-def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """This micro-batch's share of the optimizer step's targets, the weight of a per-batch mean in the step's loss."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
-
-
-def _without_mtp(config: FathomConfig) -> FathomConfig:
-    """A classifier predicts no tokens; MTP layers in it would be parameters without a gradient."""
+def _classifier_config(config: FathomConfig) -> FathomConfig:
+    """A classifier predicts no tokens, and has no loss for MTP layers and indexers."""
     config = copy.deepcopy(config)
     for field in ("token_mixers", "channel_mixers"):
         value = getattr(config, field)
         if isinstance(value, list):
             setattr(config, field, value[: config.num_hidden_layers])
     config.num_nextn_predict_layers = 0
+    config.indexer_loss_coef = 0.0
     return config
 
 
@@ -500,7 +528,7 @@ class FathomClassifier(FathomPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: FathomConfig):
-        FathomPreTrainedModel.__init__(self, _without_mtp(config))
+        FathomPreTrainedModel.__init__(self, _classifier_config(config))
         self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)

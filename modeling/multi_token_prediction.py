@@ -43,6 +43,7 @@ class DraftOutput(NamedTuple):
     states: torch.Tensor  # what the next depth continues from: the same, or with streams [B, T, n, d]
     expert_counts: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    indexer_report: torch.Tensor | None = None
 
 
 class MultiTokenPredictionLayer(FathomDecoderLayer):
@@ -72,7 +73,7 @@ class MultiTokenPredictionLayer(FathomDecoderLayer):
             hidden_states = self.shared_head.norm(self.hc_head(states))
         else:
             hidden_states = states = self.shared_head.norm(states)
-        return DraftOutput(hidden_states, states, output.expert_counts, output.balance_loss)
+        return DraftOutput(hidden_states, states, *output[1:])
 
     def join(self, states: torch.Tensor, next_embeds: torch.Tensor) -> torch.Tensor:
         """Input of the decoder layer, in the shape of `states`."""

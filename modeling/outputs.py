@@ -20,6 +20,7 @@ class FathomModelOutput(ModelOutput):
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
         expert_counts: tokens per routed expert of this forward, fp32 [M, E]; padding is not counted.
         balance_loss: sum over layers of the weighted balance losses; in training only.
+        indexer_reports: figures of every indexer and query [L, F, B, T] (`indexing.REPORT`), where asked for.
         final_states: what MTP layers continue from: `last_hidden_state`, or with n > 1 residual streams the streams
             [B, T, n, d] before they are collapsed.
     """
@@ -31,6 +32,7 @@ class FathomModelOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     expert_counts: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    indexer_reports: torch.Tensor | None = None
     final_states: torch.Tensor | None = None
 
 
@@ -39,9 +41,12 @@ class FathomCausalLMOutput(ModelOutput):
     """Output of `FathomForCausalLM`.
 
     Args:
-        loss: next-token cross-entropy; in training plus `mtp_loss_weight * mtp_loss + balance_loss`.
+        loss: next-token cross-entropy; in training plus `mtp_loss_weight * mtp_loss + balance_loss
+            + indexer_loss_coef * indexer_loss`.
         logits: [B, T, V].
         mtp_loss: mean over the MTP depths of their cross-entropy, unweighted, where labels are given.
+        indexer_figures: figures of the indexers by name (`indexing.REPORT`), means over the indexers; normalised over
+            tokens as `loss` is, where labels are given. `indexer_figures["loss"]` is the indexer loss, unweighted.
         balance_loss, expert_counts: as in `FathomModelOutput`, MTP layers included in training.
         past_key_values, hidden_states, attentions, router_logits: as in `FathomModelOutput`.
     """
@@ -53,5 +58,6 @@ class FathomCausalLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     mtp_loss: torch.Tensor | None = None
+    indexer_figures: dict[str, torch.Tensor] | None = None
     balance_loss: torch.Tensor | None = None
     expert_counts: torch.Tensor | None = None

@@ -11,7 +11,7 @@ Rotated are the first P of the D dimensions, as halves; MLA rotates neighbours i
 DeepSeek-V3.2-Exp, inference/model.py since 2025-11-17; the code before mixed them up). That code also multiplies q and
 k by a Hadamard matrix, which changes no product and serves only to quantise them to FP8.
 
-Ties, and why an indexer is frozen: see `indexing`.
+Ties, and how an indexer is trained: see `indexing`.
 
 Cache. One latent, one rotary key and one indexer key per token: R + P + D numbers. The two keys lie side by side in
 the `values` of transformers' ordinary cache layers, so that each of those and all they can do (crop, beam reorder,
@@ -21,17 +21,25 @@ Shapes: B batch, T query tokens, S key tokens, K chosen keys, H heads, J indexer
 R latent width, P rotary width, d width, Q query latent width.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .attention import MultiHeadLatentAttention
-from .indexing import FrozenIndexer, best_of, index_scores
+from .attention import MixerOutput, MultiHeadLatentAttention
+from .indexing import (
+    TrainableIndexer,
+    best_of,
+    head_summed_attention,
+    head_weights,
+    index_scores,
+    indexer_report,
+)
 from .rotary import apply_rotary
 
 
-class LightningIndexer(FrozenIndexer):
+class LightningIndexer(TrainableIndexer):
     """Scores every key for every query. Computes in fp32: rounding would choose other keys."""
 
     def __init__(self, config):
@@ -43,7 +51,6 @@ class LightningIndexer(FrozenIndexer):
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
-        self.requires_grad_(False)
 
     def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Hidden states [B, T, d] -> keys [B, 1, T, D]."""
@@ -67,10 +74,7 @@ class LightningIndexer(FrozenIndexer):
         """
         query = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         query = self.rotate(query, position_embeddings)  # [B, J, T, D]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            weights = F.linear(hidden_states.float(), self.weights_proj.weight.float())  # [B, T, J]
-            weights = weights * (self.n_heads * self.head_dim) ** -0.5
-        return index_scores(query, keys.squeeze(1), weights)
+        return index_scores(query, keys.squeeze(1), head_weights(self.weights_proj, hidden_states, self.head_dim))
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
@@ -84,6 +88,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.index_topk = config.index_topk
+        self.index_dense = config.index_dense
         self.indexer = LightningIndexer(config)
 
     def forward(
@@ -92,28 +97,41 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        report_indexer: bool = False,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B, T, d] -> output [B, T, d], attention weights [B, H, T, S] or None."""
+    ) -> MixerOutput:
+        """Mixes the tokens of hidden states [B, T, d]. With `report_indexer` the output has the indexer's report."""
         q_latent = self.query_latent(hidden_states)
         q_nope, q_pe = self.queries(q_latent, position_embeddings)
         latent, k_pe = self.latents(hidden_states, position_embeddings)
-        with torch.no_grad():
-            index_keys = self.indexer.keys(hidden_states, position_embeddings)
+        learns = report_indexer and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns):
+            index_keys = self.indexer.keys(hidden_states.detach(), position_embeddings)
         if past_key_values is not None:
             both_keys = torch.cat((k_pe, index_keys), dim=-1)
             latent, both_keys = past_key_values.update(latent, both_keys, self.layer_idx)
             k_pe, index_keys = both_keys.split([self.qk_rope_head_dim, self.indexer.head_dim], dim=-1)
 
-        attend = self.attend_latents
-        if latent.shape[2] > self.index_topk:
-            with torch.no_grad():
-                scores = self.indexer.scores(hidden_states, q_latent, index_keys, position_embeddings)
-                attention_mask = keep_best(scores, attention_mask, self.index_topk)
-            if self.gathering_pays(q_nope, latent):
-                attend = self.gathered_attention
+        attend, report = self.attend_latents, None
+        selects = latent.shape[2] > self.index_topk and not self.index_dense
+        if selects or report_indexer:
+            with torch.set_grad_enabled(learns):
+                scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
+            best_mask = keep_best(scores.detach(), attention_mask, self.index_topk)
+            if report_indexer:
+                visible = visible_keys(attention_mask, scores)
+                selected = visible & visible_keys(best_mask, scores)
+                w_uk, _ = self.expansion()
+                query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).detach()
+                key = torch.cat((latent, k_pe), dim=-1).squeeze(1).detach()
+                attention = partial(head_summed_attention, query, key, scaling=self.scaling)
+                report = indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
+            if selects:
+                attention_mask = best_mask
+                if self.gathering_pays(q_nope, latent):
+                    attend = self.gathered_attention
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
-        return self.o_proj(output), weights
+        return MixerOutput(self.o_proj(output), weights, report)
 
     def gathering_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.
@@ -131,9 +149,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             attention_mask: [B, 1, T, S] that leaves at most K keys visible to a query.
         """
         batch, _, queries, _ = q_nope.shape
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _hidden(attention_mask)
+        visible = visible_keys(attention_mask, attention_mask[:, 0])
         # The visible keys of each query; where they are fewer than K, hidden ones fill up and stay masked.
-        indices = visible[:, 0].int().topk(self.index_topk, dim=-1, sorted=False).indices  # [B, T, K]
+        indices = visible.int().topk(self.index_topk, dim=-1, sorted=False).indices  # [B, T, K]
         sequences = torch.arange(batch, device=indices.device)[:, None, None]
         chosen_mask = attention_mask[:, 0].gather(-1, indices)  # [B, T, K]
 
@@ -163,12 +181,21 @@ def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: 
         A mask of the same kind, [B, 1, T, S].
     """
     if attention_mask is None:
-        everything = torch.ones(1, 1, *scores.shape[1:], dtype=torch.bool, device=scores.device)
-        attention_mask = everything if scores.shape[1] == 1 else everything.tril()
+        attention_mask = visible_keys(None, scores).unsqueeze(1)
     scores = scores.unsqueeze(1)
     if attention_mask.dtype == torch.bool:
         return attention_mask & best_of(scores.masked_fill(~attention_mask, float("-inf")), top_k)
     return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
+
+
+def visible_keys(attention_mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+    """The keys that queries may see, bool [B, T, S], by a mask as in `keep_best` and scores of that shape."""
+    if attention_mask is None:
+        everything = torch.ones(1, *scores.shape[1:], dtype=torch.bool, device=scores.device)
+        return (everything if scores.shape[1] == 1 else everything.tril()).expand_as(scores)
+    if attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask > _hidden(attention_mask)
+    return attention_mask[:, 0].expand_as(scores)
 
 
 def _hidden(additive_mask: torch.Tensor) -> float:

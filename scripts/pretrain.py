@@ -1,4 +1,4 @@
-"""`fathom pretrain`: trains a model from nothing on a corpus."""
+"""`fathom pretrain`: trains a model on a corpus, from nothing or from another model (`--init`), in stages."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
+from ..training.errors import UserError, did_you_mean
 from ..training.options import RunOptions, pairs, typed
 from .arguments import parse
 from .cli import run
@@ -20,14 +20,29 @@ class PretrainOptions:
     _argument_group_name = "model and data"
 
     corpus: str = field(default="runs/corpus", metadata={"help": "folder made by `fathom corpus`"})
-    tokenizer: str = field(default="runs/tokenizer", metadata={"help": "folder made by `fathom tokenizer`"})
+    tokenizer: str = field(
+        default="runs/tokenizer",
+        metadata={"help": "folder made by `fathom tokenizer`; with --init that model's is used"},
+    )
     out: str = field(default="runs/pretrain", metadata={"help": "folder for the model and its checkpoints"})
-    generation: str = field(
-        default="v3", metadata={"help": "classic, moe, v2, v3, v3.2, v4, or an official model (v3-671b)"}
+    generation: str | None = field(
+        default=None,
+        metadata={"help": "classic, moe, v2, v3, v3.2, v4, or an official model (v3-671b); v3, or that of --init"},
     )
     size: str = field(default="nano", metadata={"help": "nano, micro or small"})
     override: list[str] = field(
         default_factory=list, metadata={"help": "fields of FathomConfig, as name=value (n_routed_experts=32 ...)"}
+    )
+    init: str | None = field(
+        default=None,
+        metadata={"help": "begin with this model's weights; a v3 model can become v3.2, by adding indexers"},
+    )
+    stage: str = field(
+        default="sparse",
+        metadata={
+            "help": "with indexers: dense (attend to everything, all learns), warmup (the same, the indexers alone "
+            "learn), sparse (attend to what they select)"
+        },
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens per row"})
     sample_prompt: str = field(default="def ", metadata={"help": "text to continue after each evaluation"})
@@ -49,19 +64,29 @@ def main(argv: Sequence[str]) -> int:
         start,
         training_arguments,
     )
+    from ..training.stages import STAGES, enter_stage
 
     start(run_options)
     out = Path(options.out)
     checkpoint = check_out(out, run_options)
-    tokenizer = load_tokenizer(options.tokenizer)
-    config = build_config(options, tokenizer)
+    if options.stage not in STAGES:
+        raise UserError(
+            f"--stage {options.stage} is unknown{did_you_mean(options.stage, STAGES)}; use {', '.join(STAGES)}"
+        )
+    tokenizer = load_tokenizer(options.init or options.tokenizer)
+    model = None if options.init is None else begin_with(options, tokenizer)
+    config = build_config(options, tokenizer) if model is None else model.config
     refuse_another_config(config, checkpoint)
     corpus = load_corpus(options.corpus)
     arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
 
     with arguments.main_process_first(desc="packing"):
         rows = {split: pack_documents(corpus[split], tokenizer, options.sequence_length) for split in corpus}
-    model = FathomForCausalLM(config)
+    model = FathomForCausalLM(config) if model is None else model
+    enter_stage(model, options.stage)
+    if options.init is not None:
+        # What the model could do, and its indexers could find, before this stage.
+        arguments.eval_on_start = True
     prompt = [tokenizer.bos_token_id, *tokenizer(options.sample_prompt, add_special_tokens=False)["input_ids"]]
     report = json.loads((Path(options.corpus) / "corpus.json").read_text(encoding="utf-8"))
     code = run_training(
@@ -96,26 +121,53 @@ def build_config(options: PretrainOptions, tokenizer):
     from huggingface_hub.errors import StrictDataclassError
 
     from ..modeling.configuration_fathom import FathomConfig
+    from ..training.stages import stage_fields
 
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **stage_fields(options.stage),
+        **overrides(options),
     }
-    values |= {name: typed(value) for name, value in pairs(options.override, "override").items()}
     try:
-        config = FathomConfig.preset(options.generation, options.size, **values)
+        config = FathomConfig.preset(options.generation or "v3", options.size, **values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if config.vocab_size < len(tokenizer):
         raise UserError(f"vocab_size={config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out")
+    check_context(options, config)
+    return config
+
+
+def begin_with(options: PretrainOptions, tokenizer):
+    """The model of `--init`, in the generation and with the fields asked for.
+
+    Raises:
+        UserError: it holds no whole model, or cannot become what is asked for.
+    """
+    from ..modeling.configuration_fathom import FathomConfig
+    from ..training.checkpoints import check_checkpoint
+    from ..training.stages import converted_fields, initial_model, stage_fields
+
+    config = FathomConfig.from_dict(check_checkpoint(Path(str(options.init))))
+    changes = converted_fields(config, options.generation or config.generation)
+    model = initial_model(str(options.init), {**changes, **stage_fields(options.stage), **overrides(options)})
+    check_context(options, model.config)
+    return model
+
+
+def overrides(options: PretrainOptions) -> dict[str, Any]:
+    return {name: typed(value) for name, value in pairs(options.override, "override").items()}
+
+
+def check_context(options: PretrainOptions, config) -> None:
     if not 8 <= options.sequence_length <= config.max_position_embeddings:
         raise UserError(
             f"--sequence_length {options.sequence_length} must be between 8 and the model's context of "
             f"{config.max_position_embeddings}; for longer rows add --override max_position_embeddings=..."
         )
-    return config
 
 
 if __name__ == "__main__":

@@ -323,7 +323,11 @@ def _tensor_names(file: Path) -> set[str]:
 
 
 def load_model(
-    path_or_id: str, dtype: "str | torch.dtype" = "auto", model_class: "type[PreTrainedModel] | None" = None
+    path_or_id: str,
+    dtype: "str | torch.dtype" = "auto",
+    model_class: "type[PreTrainedModel] | None" = None,
+    changes: dict[str, Any] | None = None,
+    may_begin: str | None = None,
 ) -> "PreTrainedModel":
     """Loads a model for use, in eval mode, from a folder or the Hub.
 
@@ -331,6 +335,8 @@ def load_model(
         path_or_id: folder, or `owner/name` on the Hub when there is no such folder.
         dtype: of the parameters in memory; `auto` keeps that of the file.
         model_class: `FathomForCausalLM` by default.
+        changes: fields of the config to change.
+        may_begin: pattern of parameters that the file may lack, and that then begin at random.
 
     Raises:
         UserError: the checkpoint cannot be found, is not whole, or does not fit its config.
@@ -344,7 +350,7 @@ def load_model(
     folder = _local_folder(path_or_id)
     check_checkpoint(folder)
     try:
-        config = cls.config_class.from_pretrained(folder)
+        config = cls.config_class.from_pretrained(folder, **(changes or {}))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{folder / CONFIG} describes no model that can be built: {_first_line(error)}") from error
     # transformers would print a table and raise an error that points to it; the report says the same in data.
@@ -362,7 +368,10 @@ def load_model(
         raise UserError(
             f"the weights in {folder} do not fit its {CONFIG}: {name} is {list(found)}, should be {list(wanted)}"
         )
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if may_begin is not None:
+        missing = [name for name in missing if not re.search(may_begin, name)]
+    if missing:
         raise UserError(
             f"the weights in {folder} do not fit its {CONFIG}: {len(missing)} tensors are missing, first {missing[0]}"
         )

@@ -2,7 +2,8 @@
 
 A matrix of n parameters costs 2 n floating-point operations per token forward and twice that backward. Attention over
 T tokens adds 2 (D_qk + D_v) per head and key that a query reads: T / 2 of them on average where it is dense and causal,
-fewer where a window or an indexer limits them. An indexer scores every key and is not trained: forward only.
+fewer where a window or an indexer limits them. An indexer scores every key; frozen, forward only. The attention that it
+learns from is not counted twice.
 """
 
 import time
@@ -13,7 +14,7 @@ from torch import nn
 from ..modeling.attention import FathomAttention
 from ..modeling.experts import ExpertRouter, RoutedExperts
 from ..modeling.hyper_connections import HyperConnection, StreamCollapse
-from ..modeling.indexing import FrozenIndexer
+from ..modeling.indexing import TrainableIndexer
 from ..modeling.multi_token_prediction import MultiTokenPredictionLayer
 
 
@@ -51,13 +52,16 @@ def training_flops_per_token(model: nn.Module, sequence_length: float) -> float:
     # The head runs once more for every MTP depth. A classifier has neither.
     if config.num_nextn_predict_layers:
         matrices += config.num_nextn_predict_layers * model.get_output_embeddings().weight.numel()
-    indexers = [module for module in model.modules() if isinstance(module, FrozenIndexer)]
-    frozen = sum(
-        linear.weight.numel() for each in indexers for linear in each.modules() if isinstance(linear, nn.Linear)
-    )
+    indexers = [module for module in model.modules() if isinstance(module, TrainableIndexer)]
     candidates = sequence_length / 2 / (config.compress_rate_csa if config.uses("csa") else 1)
     scores = len(indexers) * 2 * config.index_n_heads * config.index_head_dim * candidates
-    return 3 * (2 * (matrices - frozen) + attention) + 2 * frozen + scores
+    of_indexers = sum(
+        linear.weight.numel() for each in indexers for linear in each.modules() if isinstance(linear, nn.Linear)
+    )
+    trunk = 2 * (matrices - of_indexers) + attention
+    # What is frozen runs forward only.
+    trains = 3 if any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()) else 1
+    return trains * trunk + (3 if config.indexer_loss_coef else 1) * (2 * of_indexers + scores)
 
 
 def keys_read(config, kind: str, length: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError, did_you_mean
+from .errors import UserError
 
 
 @dataclass
@@ -72,7 +72,7 @@ class RunOptions:
             ("schedule", ("wsd", "cosine", "multistep")),
         ):
             if (value := getattr(self, name)) not in known:
-                raise UserError(f"--{name} {value} is unknown{did_you_mean(value, known)}; use {', '.join(known)}")
+                raise UserError(f"--{name} {value} is unknown; use {', '.join(known[:-1])} or {known[-1]}")
 
 
 def pairs(words: Sequence[str], option: str) -> dict[str, str]:

@@ -252,6 +252,7 @@ class ConsoleCallback(TrainerCallback):
             f"loss {logs['loss']:.3f}",
             *([f"mtp {logs['mtp_loss']:.3f}"] if "mtp_loss" in logs else []),
             *([f"load {logs['expert_load']:.2f}"] if "expert_load" in logs else []),
+            *([f"indexer {logs['indexer_loss']:.3f}"] if "indexer_loss" in logs else []),
             f"lr {logs['learning_rate']:.1e}",
             f"{speed:,.0f} tokens/s",
             f"{reached:.0%} of peak",
@@ -270,6 +271,13 @@ class ConsoleCallback(TrainerCallback):
             line += f"; mtp {by_name['mtp_loss']:.3f}"
         if "expert_load" in by_name:
             line += f"; load {by_name['expert_load']:.2f}"
+        if "indexer_recall" in by_name:
+            line += (
+                f"\n  indexers capture {by_name['indexer_mass']:.1%} of attention and "
+                f"{by_name['indexer_recall']:.1%} of its best keys (most recent keys "
+                f"{by_name['indexer_recent_mass']:.1%} and {by_name['indexer_recent_recall']:.1%}, random {by_name['indexer_random']:.1%}); "
+                f"KL {by_name['indexer_loss']:.3f}"
+            )
         return line
 
 

@@ -105,14 +105,22 @@ class FathomTrainer(Trainer):
             (DeepSeek LLM, arXiv 2401.02954, section 2.3), in place of `lr_scheduler_type`.
         *args, **kwargs: as for transformers' Trainer.
 
-    Logged besides the Trainer's own, as means over all that was seen since the last log: `mtp_loss` (nats per target
-    of the MTP layers), `balance_loss` (per sequence), `expert_load` (busiest expert over mean, averaged over layers),
-    `max_vio_batch` (the same minus 1, of every optimizer step by itself), and the balance of each layer
-    (`diagnostics.balance_by_layer`).
-    The Trainer's `loss` is the whole training loss, with both of these in it. Evaluation of a language model: `loss`
-    is the next-token cross-entropy in nats per target, exact over the whole set; `targets`, `perplexity`,
-    `bits_per_byte`, `mtp_loss`, `expert_load`, `expert_load_worst_layer`, the balance of each layer; with
-    hyper-connections also what `diagnostics.StreamProbe` sees in the first batch.
+    Logged besides the Trainer's own, whose `loss` is the whole training loss, as means over all that was seen since
+    the last log:
+
+        mtp_loss          nats per target of the MTP layers
+        indexer_loss      nats per target, mean over the indexers
+        balance_loss      per sequence
+        expert_load       busiest expert over mean, averaged over layers
+        max_vio_batch     the same minus 1, of every optimizer step by itself
+        ..._layer_N       balance of each layer (`diagnostics.balance_by_layer`)
+
+    In evaluation of a language model `loss` is the next token's cross-entropy in nats per target, exact over the whole
+    set; besides it there are `targets`, `perplexity`, `bits_per_byte`, `expert_load_worst_layer`, all of the above, and
+
+        indexer_recall, indexer_mass, ...   shares of the attention that indexers, the most recent and random keys
+                                            capture, where there is a choice (`indexing.REPORT`)
+        amax_gain_forward, ...              what `diagnostics.StreamProbe` sees in the first batch
     """
 
     def __init__(self, *args, token_bytes: list[int] | None = None, multistep: bool = False, **kwargs):
@@ -130,7 +138,7 @@ class FathomTrainer(Trainer):
     @property
     def is_language_model(self) -> bool:
         """Whether the model is Fathom's language model: of its models that alone drafts."""
-        return hasattr(self.model, "multi_token_prediction")
+        return hasattr(self.model, "draft")
 
     @property
     def interrupted(self) -> bool:
@@ -161,6 +169,11 @@ class FathomTrainer(Trainer):
             divisor = targets if num_items_in_batch is None else num_items_in_batch
             self._train_sums["mtp_nats"] += mtp_loss.detach().float() * divisor
             self._train_sums["mtp_targets"] += targets
+        if model.training and (figures := getattr(outputs, "indexer_figures", None)) is not None:
+            targets = (labels[:, 1:] != IGNORED).sum()
+            divisor = targets if num_items_in_batch is None else num_items_in_batch
+            self._train_sums["indexer_nats"] += figures["loss"].detach() * divisor
+            self._train_sums["indexer_targets"] += targets
         if model.training and (balance_loss := getattr(outputs, "balance_loss", None)) is not None:
             self._train_sums["balance"] += balance_loss.detach().float() * len(labels)
             self._train_sums["rows"] += len(labels)
@@ -186,7 +199,11 @@ class FathomTrainer(Trainer):
         totals = [torch.as_tensor(self._train_sums[name], device=self.args.device).float() for name in names]
         sums = dict(zip(names, self.accelerator.reduce(torch.stack(totals), "sum"), strict=True)) if names else {}
         self._train_sums.clear()
-        for name, total, count in (("mtp_loss", "mtp_nats", "mtp_targets"), ("balance_loss", "balance", "rows")):
+        for name, total, count in (
+            ("mtp_loss", "mtp_nats", "mtp_targets"),
+            ("indexer_loss", "indexer_nats", "indexer_targets"),
+            ("balance_loss", "balance", "rows"),
+        ):
             if count in sums:
                 metrics[name] = (sums[total] / sums[count].clamp(min=1)).item()
         load = self.router_bias.load
@@ -250,6 +267,8 @@ class FathomTrainer(Trainer):
         if outputs.mtp_loss is not None:
             sums["mtp_nats"] = outputs.mtp_loss
             sums["mtp_targets"] = self._mtp_targets(labels, inputs.get("position_ids"))
+        if outputs.indexer_figures is not None:
+            sums |= {f"indexer_{name}": value for name, value in outputs.indexer_figures.items()}
         if outputs.expert_counts is not None:
             sums["load"] = outputs.expert_counts
         for name, value in sums.items():
@@ -280,6 +299,10 @@ class FathomTrainer(Trainer):
             metrics["bits_per_byte"] = float(sums["nats"] / sums["bytes"].clamp(min=1)) / math.log(2)
         if "mtp_nats" in sums:
             metrics["mtp_loss"] = float(sums["mtp_nats"] / sums["mtp_targets"].clamp(min=1))
+        if "indexer_loss" in sums:
+            metrics["indexer_loss"] = float(sums["indexer_loss"] / sums["targets"].clamp(min=1))
+            for name in ("recall", "mass", "recent_recall", "recent_mass", "random"):
+                metrics[f"indexer_{name}"] = float(sums[f"indexer_{name}"] / sums["indexer_chooses"].clamp(min=1e-9))
         if "load" in sums:
             ratio = load_ratio(sums["load"])
             metrics["expert_load"] = ratio.mean().item()

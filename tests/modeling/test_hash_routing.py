@@ -159,11 +159,6 @@ def test_embeddings_need_their_ids():
         ours(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         ours()
-    with torch.no_grad():
-        expected = ours(ids, labels=ids)
-        both = ours(ids, inputs_embeds=embeds, labels=ids)
-    assert torch.equal(both.logits, expected.logits)
-    assert torch.equal(both.mtp_loss, expected.mtp_loss)
 
 
 @pytest.mark.parametrize("size", [130, 60])

@@ -1,4 +1,4 @@
-"""Heads and the everyday interface: classifiers, recorded outputs, embeddings, generation, pipeline."""
+"""Heads and the everyday interface: classifiers, recorded outputs, vocabulary, generation, pipeline."""
 
 import logging
 
@@ -200,29 +200,6 @@ def test_outputs_as_tuple():
     named = ours(ids, labels=ids)
     torch.testing.assert_close(loss, named.loss)
     torch.testing.assert_close(logits, named.logits)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_embeddings_instead_of_ids(training):
-    ours, ids = model().train(training), tokens()
-    by_ids = ours(ids, labels=ids)
-    by_embeds = ours(inputs_embeds=ours.get_input_embeddings()(ids), labels=ids)
-    assert torch.equal(by_ids.logits, by_embeds.logits)
-    assert torch.equal(by_ids.loss, by_embeds.loss)
-    assert torch.equal(by_ids.mtp_loss, by_embeds.mtp_loss)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        ours(ids, inputs_embeds=ours.get_input_embeddings()(ids))
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
-        ours()
-
-
-def test_logits_to_keep():
-    ours, ids = model(), tokens()
-    with torch.no_grad():
-        logits = ours(ids).logits
-        torch.testing.assert_close(ours(ids, logits_to_keep=1).logits, logits[:, -1:])
-        torch.testing.assert_close(ours(ids, logits_to_keep=3).logits, logits[:, -3:])
-        torch.testing.assert_close(ours(ids, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -51,7 +51,7 @@ VARIANTS = {
 }
 
 
-def pair(variant: str) -> tuple[DeepseekV4ForCausalLM, FathomForCausalLM]:
+def pair(variant: str, attn_implementation: str = "sdpa") -> tuple[DeepseekV4ForCausalLM, FathomForCausalLM]:
     """Stock's model with random weights, tables and biases, and ours with a copy of them."""
     torch.manual_seed(7)
     stock = DeepseekV4ForCausalLM(DeepseekV4Config(**{**SHAPE, **VARIANTS[variant]})).eval()
@@ -66,6 +66,7 @@ def pair(variant: str) -> tuple[DeepseekV4ForCausalLM, FathomForCausalLM]:
         elif "norm" in name:
             nn.init.normal_(parameter, mean=1.0, std=0.2)
     ours = FathomForCausalLM(FathomConfig.from_dict(stock.config.to_dict())).eval()
+    ours.set_attn_implementation(attn_implementation)
     ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -75,10 +76,11 @@ def ids(batch: int, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("length", [1, 3, 90])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_without_cache(variant, length):
-    stock, ours = pair(variant)
+def test_logits_without_cache(variant, length, attn_implementation):
+    stock, ours = pair(variant, attn_implementation)
     tokens = ids(2, length)
     torch.testing.assert_close(
         ours(tokens, use_cache=False).logits, stock(tokens, use_cache=False).logits, atol=TOLERANCE, rtol=0
@@ -89,10 +91,11 @@ def test_logits_without_cache(variant, length):
 @pytest.mark.parametrize(
     "chunks", [[40] + [1] * 45, [30, 17, 1, 1, 36], [1] * 85], ids=["decode", "chunks", "tokenwise"]
 )
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", ["all kinds", "yarn", "csa", "hca"])
-def test_logits_with_cache(variant, chunks):
+def test_logits_with_cache(variant, chunks, attn_implementation):
     """Whatever the chunks, cached logits are those of one full stock forward: 7 windows, 21 blocks, 5 large blocks."""
-    stock, ours = pair(variant)
+    stock, ours = pair(variant, attn_implementation)
     tokens = ids(2, 85)
     cache, logits = None, []
     for piece in tokens.split(chunks, dim=1):
@@ -143,7 +146,7 @@ def test_gradients_equal_stock():
 
 @torch.no_grad()
 def test_hidden_states_equal_stock():
-    stock, ours = pair("all kinds")
+    stock, ours = pair("all kinds", "eager")
     tokens = ids(2, 40)
     theirs = stock(tokens, output_hidden_states=True, output_attentions=True)
     mine = ours(tokens, output_hidden_states=True, output_attentions=True, output_router_logits=True)

@@ -1,4 +1,4 @@
-"""DeepSeek Sparse Attention: the indexer and its choice by definition, the gathered way, the cache, what is frozen."""
+"""DeepSeek Sparse Attention: the indexer and its choice by definition, the gathered way, the cache."""
 
 import os
 import subprocess
@@ -293,30 +293,6 @@ def test_backends_without_a_mask_are_refused(implementation):
         FathomForCausalLM._from_config(config(), attn_implementation=implementation)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
-def test_every_parameter_but_the_indexers_gets_a_gradient(checkpointing):
-    """A choice of keys has no gradient. The indexers are frozen: no rank waits for their gradients, and no optimizer
-    lets weight decay shrink them."""
-    trained = model(num_nextn_predict_layers=2, initializer_range=0.02).train()
-    if checkpointing is not None:
-        trained.activation_checkpointing_enable({"use_reentrant": checkpointing})
-    trained(tokens(4, 32), labels=tokens(4, 32)).loss.backward()
-    without = {name for name, p in trained.named_parameters() if p.grad is None or not p.grad.any()}
-    names = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
-    assert without == {f"model.layers.{layer}.self_attn.indexer.{name}" for layer in range(5) for name in names}
-    assert without == {name for name, p in trained.named_parameters() if not p.requires_grad}
-
-
-def test_indexers_are_frozen_after_loading(tmp_path):
-    model().save_pretrained(tmp_path)
-    for loaded in (
-        FathomForCausalLM.from_pretrained(tmp_path),
-        FathomForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16),
-    ):
-        frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
-        assert frozen == {name for name, _ in loaded.named_parameters() if ".indexer." in name}
-
-
 @torch.no_grad()
 def test_a_static_cache_compiles_as_one_graph():
     trained, ids = model(num_hidden_layers=1), tokens(2, 30)
@@ -345,7 +321,7 @@ config = FathomConfig.preset(
 )
 model = FathomForCausalLM(config).train()
 model.activation_checkpointing_enable()
-# As Trainer does with activation checkpointing: an unfrozen parameter without a gradient ends the second step.
+# As Trainer does with activation checkpointing: a parameter without a gradient ends the second step.
 wrapped = DistributedDataParallel(model, find_unused_parameters=False)
 torch.manual_seed(dist.get_rank())
 for _ in range(2):
@@ -361,7 +337,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("generation", ["v3.2", "v4"])
-def test_two_processes_do_not_wait_for_the_indexers(generation, tmp_path):
+def test_two_processes_train_the_indexers_alike(generation, tmp_path):
     script = tmp_path / "step.py"
     script.write_text(DATA_PARALLEL_STEP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -333,3 +333,52 @@ def test_an_out_that_holds_a_run_is_kept(data, whole, capsys):
     error = capsys.readouterr().err
     assert "checkpoint-6 has another configuration (hidden_size 64 -> 128" in error
     assert all(torch.equal(value, before[name]) for name, value in weights(whole).items())
+
+
+INDEXER = ["--override", "index_topk=4", "index_n_heads=8", "index_head_dim=16"]
+
+
+def logged_recall(folder: Path, steps: int) -> list[float]:
+    history = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["eval_indexer_recall"] for entry in history if "eval_indexer_recall" in entry]
+
+
+def test_a_v3_model_becomes_v32_in_two_stages(data, whole, capsys):
+    """The warm-up moves indexers alone and finds more of what attention reads; the sparse stage moves everything."""
+    warm, sparse = data / "warm", data / "sparse"
+    stages = {
+        warm: ["--init", str(whole), "--generation", "v3.2", "--stage", "warmup", "--learning_rate", "1e-2", *INDEXER],
+        sparse: ["--init", str(warm), "--learning_rate", "1e-4"],
+    }
+    for out, words in stages.items():
+        common = pretrain_words(data, out, "--generation", "v3.2", steps=20)
+        words = [*common, *words, "--eval_steps", "20", "--save_steps", "20"]
+        assert cli.main(["pretrain", *words]) == 0
+    assert "indexers capture" in capsys.readouterr().out
+
+    before, warmed, trained = weights(whole), weights(warm), weights(sparse)
+    assert {name for name in warmed if name not in before} == {name for name in warmed if ".indexer." in name}
+    assert all(torch.equal(warmed[name], before[name]) for name in before)
+    assert not any(torch.equal(trained[name], warmed[name]) for name in warmed if name.endswith("proj.weight"))
+    config = json.loads((warm / "config.json").read_text())
+    assert (config["generation"], config["token_mixers"], config["index_dense"]) == ("v3.2", "dsa", True)
+    assert json.loads((sparse / "config.json").read_text())["index_dense"] is False
+    first, *_, last = logged_recall(warm, 20)
+    assert last > first
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stage", "warm"], "--stage warm is unknown; did you mean warmup?"),
+        (["--stage", "warmup"], "has none that learn; use --generation v3.2 or v4"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--init", "WHOLE", "--generation", "v4"], "a v3 model and cannot become v4"),
+        (["--init", "WHOLE", "--override", "hidden_size=32"], "do not fit"),
+    ],
+)
+def test_stages_that_cannot_be(data, whole, words, says, capsys):
+    words = [str(whole) if word == "WHOLE" else word for word in words]
+    assert cli.main(["pretrain", *pretrain_words(data, data / "never"), *words]) == 2
+    assert says in capsys.readouterr().err
+    assert not (data / "never").exists()
