@@ -20,6 +20,7 @@ VERBS = {
     "sft": "teach a pretrained model to answer questions",
     "generate": "continue one prompt, streaming to the terminal",
     "chat": "talk to a model in the browser",
+    "ablate": "small matched experiments over seeds, with a table and plots",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
 

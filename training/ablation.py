@@ -1,21 +1,23 @@
-"""Small matched experiments over seeds: which of DeepSeek's findings show at a size that a CPU can train.
+"""Small matched runs over seeds: trains and measures one variant of a model at a time, and compares the results.
 
-An experiment compares variants of one small model on one corpus: same tokens, same order of rows per seed, same
-learning rate unless that is the question, and the same number of active parameters (`matched`). Each run is one JSON
-file, written when the run is done; a run that is there is not repeated, so that an interrupted study goes on.
+What is compared stands in `experiments`. A run is a variant and a seed; all runs of a study see the same text, in the
+same order for the same seed. Its result is one JSON file, written when the run is done and never made twice, so that
+an interrupted study goes on where it was.
 
-A difference counts as shown where it is larger than two standard deviations of the difference of two means over the
-seeds, 2 sqrt(s_a^2 / n_a + s_b^2 / n_b).
+A difference of two means counts as shown where it is larger than twice its standard deviation over the seeds,
+2 sqrt(s_a^2 / n_a + s_b^2 / n_b). The runs are taken for independent: a caution, as equal seeds share the order of the
+text. With three seeds the s are themselves rough, so a difference just above the limit is weak evidence.
 """
 
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -24,298 +26,256 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..modeling.cache_size import cache_bytes_per_token
 from ..modeling.configuration_fathom import FathomConfig
-from ..modeling.experts import MixtureOfExperts
 from ..modeling.modeling_fathom import FathomForCausalLM
 from .checkpoints import staged_directory
+from .diagnostics import StreamProbe
+from .errors import UserError
 from .optimizers import MuonFactory
-from .packing import collate_rows
+from .packing import IGNORED, collate_rows
 from .trainer import FathomTrainer
 
-# DeepSeek-V3 in small: 4 layers of width 128, 16 experts of which 4 are chosen, one shared.
-BASE: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 24,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 32,
-    "intermediate_size": 320,
-    "moe_intermediate_size": 64,
-    "num_nextn_predict_layers": 0,
-    "max_position_embeddings": 512,
-}
-LEARNING_RATE, BATCH_ROWS, SEQUENCE_LENGTH = 3e-3, 8, 256
+SEQUENCE_LENGTH, BATCH_ROWS = 128, 8
+HELDOUT_ROWS, EVALUATION_ROWS = 256, 32  # in all, and at a time
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.1
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs have in common.
+
+    Args:
+        train, heldout: rows of `SEQUENCE_LENGTH` tokens. Of the held-out ones `HELDOUT_ROWS`, evenly spaced, are used.
+        token_bytes: UTF-8 bytes of each id.
+        ids: `vocab_size` and the special ids, as fields of FathomConfig.
+        steps: optimizer steps of a run.
+        corpus: what identifies the text, for the record.
+        origin: `command`, `commit` and the like; kept with every run, and not compared.
+    """
+
+    train: Dataset
+    heldout: Dataset
+    token_bytes: list[int]
+    ids: dict[str, Any]
+    steps: int
+    corpus: str
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of an experiment: fields of FathomConfig, and how it is trained."""
+    """One model and how it is trained.
 
-    config: dict[str, Any] = field(default_factory=dict)
+    Args:
+        label: its name in English and Chinese.
+        config: fields of FathomConfig, on top of the generation's nano preset.
+        optimizer: `adamw` or `muon`.
+        prepare: changes the new model before it is trained.
+        afterwards: further training and its figures.
+    """
+
+    label: tuple[str, str]
+    config: dict[str, Any]
     optimizer: str = "adamw"
     learning_rate: float = LEARNING_RATE
+    prepare: Callable[[FathomForCausalLM], None] | None = None
+    afterwards: Callable[[FathomForCausalLM, Study, int], dict[str, float]] | None = None
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A question, the published finding, and the variants that answer it; the last one is what DeepSeek chose."""
+class Spread(NamedTuple):
+    """A figure over the seeds."""
 
-    question: str
-    finding: str
-    variants: dict[str, Variant]
-    figures: tuple[str, ...] = ("bits_per_byte",)
-    measure: Callable[[FathomTrainer, Dataset], dict[str, float]] | None = None
+    mean: float
+    deviation: float  # standard deviation, nan for one run
+    runs: int
 
 
-def without_shared_expert(trainer: FathomTrainer, heldout: Dataset) -> dict[str, float]:
-    """Held-out loss with the shared expert switched off and one more routed expert chosen in its place."""
-    mixtures = [module for module in trainer.model.modules() if isinstance(module, MixtureOfExperts)]
-    shared = [mixture.shared_experts for mixture in mixtures]
-    if not mixtures or shared[0] is None:
-        return {}
-    for mixture in mixtures:
-        mixture.shared_experts = None
-        mixture.gate.top_k += 1
-    bits = trainer.evaluate(heldout)["eval_bits_per_byte"]
-    for mixture, expert in zip(mixtures, shared, strict=True):
-        mixture.shared_experts = expert
-        mixture.gate.top_k -= 1
-    return {"without_shared_bits_per_byte": bits}
+def run_file(folder: Path, name: str, seed: int) -> Path:
+    """Where the result of a run is."""
+    return folder / f"{name}-{seed}.json"
+
+
+def read_result(folder: Path, name: str, seed: int, setup: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The result of a run, or None where it is missing.
+
+    Raises:
+        UserError: it is one of another `setup`.
+    """
+    file = run_file(folder, name, seed)
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if setup is not None and result["setup"] != setup:
+        differing = [key for key in setup if result["setup"].get(key) != setup[key]]
+        raise UserError(f"{file} was run with another {', '.join(differing)}; choose another --output, or remove it")
+    return result
+
+
+def setup_of(variant: Variant, study: Study) -> dict[str, Any]:
+    """All that decides the result of a run besides seed and code."""
+    return {
+        "config": variant.config,
+        "optimizer": variant.optimizer,
+        "learning_rate": variant.learning_rate,
+        "steps": study.steps,
+        "tokens_per_step": BATCH_ROWS * SEQUENCE_LENGTH,
+        "corpus": study.corpus,
+        "vocab_size": study.ids["vocab_size"],
+    }
+
+
+def run(name: str, variant: Variant, seed: int, study: Study, folder: Path) -> dict[str, Any]:
+    """Trains and measures a variant with a seed, or reads what `folder` has of it.
+
+    Raises:
+        UserError: the folder holds the run, but of another setup.
+        KeyboardInterrupt: a signal ended it; nothing is written.
+    """
+    setup = setup_of(variant, study)
+    found = read_result(folder, name, seed, setup)
+    if found is not None:
+        return found
+    started = time.perf_counter()
+    set_seed(seed)
+    model = FathomForCausalLM(FathomConfig.preset("v3", **study.ids, **variant.config))
+    if variant.prepare is not None:
+        variant.prepare(model)
+    figures, curve = train_and_measure(model, study, seed, variant.learning_rate, variant.optimizer)
+    if variant.afterwards is not None:
+        figures |= variant.afterwards(model, study, seed)
+    result = {
+        "variant": name,
+        "seed": seed,
+        "setup": setup,
+        "origin": {**study.origin, "torch": torch.__version__, "device": model.device.type},
+        "seconds": round(time.perf_counter() - started, 1),
+        "figures": figures,
+        "training_loss": curve,
+    }
+    with staged_directory(folder) as staging:
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+        (staging / run_file(folder, name, seed).name).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    return result
+
+
+def train_and_measure(
+    model: FathomForCausalLM,
+    study: Study,
+    seed: int,
+    learning_rate: float = LEARNING_RATE,
+    optimizer: str = "adamw",
+    steps: int | None = None,
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+    """Trains a model in place, for no steps if `steps` is 0.
+
+    Returns:
+        Its figures on the held-out rows, and (step, training loss) from time to time.
+    """
+    steps = study.steps if steps is None else steps
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=max(steps, 1),
+            per_device_train_batch_size=BATCH_ROWS,
+            per_device_eval_batch_size=EVALUATION_ROWS,
+            learning_rate=learning_rate,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": max(int(0.4 * steps), 1), "min_lr_ratio": 0.1},
+            warmup_steps=min(20, steps // 4),
+            weight_decay=WEIGHT_DECAY,
+            adam_beta2=0.95,
+            logging_steps=max(steps // 20, 1),
+            save_strategy="no",
+            seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        rates = {"lr": learning_rate, "weight_decay": WEIGHT_DECAY}
+        trainer = FathomTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=study.train,
+            data_collator=collate_rows,
+            token_bytes=study.token_bytes,
+            optimizer_cls_and_kwargs=(MuonFactory, rates) if optimizer == "muon" else None,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if steps:
+            trainer.train()
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        heldout = evenly_spaced(study.heldout, HELDOUT_ROWS)
+        figures = measure(trainer, heldout)
+    logs = trainer.state.log_history
+    if last := [entry["max_vio_batch"] for entry in logs if "max_vio_batch" in entry][-5:]:
+        figures["max_vio_batch"] = statistics.mean(last)
+    return figures, [(entry["step"], round(entry["loss"], 4)) for entry in logs if "loss" in entry]
+
+
+def evenly_spaced(rows: Dataset, count: int) -> Dataset:
+    """`count` rows from the whole of a data set, or all if it has fewer."""
+    count = min(count, len(rows))
+    return rows.select([index * len(rows) // count for index in range(count)])
+
+
+def measure(trainer: FathomTrainer, heldout: Dataset) -> dict[str, Any]:
+    """All figures that a model has, on held-out rows."""
+    model = trainer.model
+    evaluation = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(heldout).items()}
+    kept = ("bits_per_byte", "amax_", "off_diagonal_mass", "stream_similarity", "indexer_")
+    figures: dict[str, Any] = {name: value for name, value in evaluation.items() if name.startswith(kept)}
+    for figure, combine in (("max_vio", statistics.mean), ("dead_experts", sum)):
+        if by_layer := [value for name, value in evaluation.items() if name.startswith(f"{figure}_layer_")]:
+            figures[figure] = combine(by_layer)
+    counts = model.parameter_counts()
+    figures["parameters_total"], figures["parameters_active"] = counts["total"], counts["active"]
+    figures["cache_bytes_per_token"] = cache_bytes_per_token(model.config)
+    rows = collate_rows(list(heldout.select(range(min(EVALUATION_ROWS, len(heldout))))))
+    batch = {name: values.to(model.device) for name, values in rows.items()}
+    if model.config.num_nextn_predict_layers:
+        figures["draft_acceptance"] = draft_acceptance(model, batch)
+    if model.config.hc_mult > 1:
+        figures["gain_by_depth"] = gain_by_depth(model, batch)
+    return figures
 
 
 @torch.no_grad()
-def draft_acceptance(trainer: FathomTrainer, heldout: Dataset) -> dict[str, float]:
-    """How often the MTP layer's best guess of the token after next is the model's own, along held-out text."""
-    model = trainer.model.eval()
-    if not model.config.num_nextn_predict_layers:
-        return {}
-    batch = collate_rows(list(heldout.select(range(min(16, len(heldout))))))
+def draft_acceptance(model: FathomForCausalLM, batch: dict[str, torch.Tensor]) -> float:
+    """How often the MTP layer's best guess of the token after next is the model's own, once it has read the next."""
+    model.eval()
     ids, positions = batch["input_ids"], batch["position_ids"]
-    hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False)
-    shared = model.model.layer_inputs(model.model.embed_tokens(ids), None, positions, None)
-    shared.pop("position_ids")
-    ahead = model.model.embed_tokens(ids.roll(-1, dims=1))
-    draft = model.model.mtp_layers[0](hidden.final_states, ahead, input_ids=ids.roll(-1, dims=1), **shared)
-    guesses = model.lm_head(draft.hidden_states).argmax(dim=-1)[:, :-1]
-    own = model.lm_head(hidden.last_hidden_state).argmax(dim=-1)[:, 1:]
-    return {"draft_acceptance": (guesses == own)[:, :-1].float().mean().item()}
+    outputs = model.model(input_ids=ids, position_ids=positions, use_cache=False)
+    embeds = model.model.embed_tokens(ids)
+    drafts = model.draft(outputs.final_states, embeds, None, positions, batch["labels"], input_ids=ids)
+    draft, targets = drafts[0]
+    guesses = model.lm_head(draft.hidden_states).argmax(dim=-1)
+    own = model.lm_head(outputs.last_hidden_state).argmax(dim=-1).roll(-1, dims=1)
+    return (guesses == own)[targets != IGNORED].float().mean().item()
 
 
-def _attention(kind: str, key_heads: int | None = None) -> Variant:
-    if kind == "mla":
-        return Variant()
-    return Variant({"token_mixers": "mha", "head_dim": 32, "num_key_value_heads": key_heads})
+@torch.no_grad()
+def gain_by_depth(model: FathomForCausalLM, batch: dict[str, torch.Tensor]) -> list[tuple[float, float]]:
+    """Amax gain (forward, backward) of the residual streams from the first sub-layer to each."""
+    with StreamProbe(model.eval()) as probe:
+        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    return probe.gains()
 
 
-EXPERIMENTS: dict[str, Experiment] = {
-    "balance": Experiment(
-        "Does a routing bias balance experts at less cost in loss than an auxiliary loss?",
-        "Bias: lower loss and MaxVio than an auxiliary loss (arXiv 2408.15664, table 2; V3 section 4.5.2).",
-        {
-            "none": Variant({"router_bias_update_speed": 0.0, "seq_aux_loss_coef": 0.0}),
-            **{
-                f"loss {alpha:g}": Variant(
-                    {
-                        "router_bias_update_speed": 0.0,
-                        "seq_aux_loss_coef": 0.0,
-                        "aux_loss_alpha": alpha,
-                        "seq_aux": False,
-                    }
-                )
-                for alpha in (1e-3, 1e-2, 1e-1)
-            },
-            "bias": Variant({"seq_aux_loss_coef": 0.0}),
-        },
-        ("bits_per_byte", "max_vio", "dead_experts"),
-    ),
-    "experts": Experiment(
-        "Are many small experts better than few large ones, and one of them shared better than none?",
-        "Finer experts and a shared one lower the loss; a model without its shared expert is lost (arXiv 2401.06066, "
-        "figure 3 and section 4.5).",
-        {
-            "4 x 4w, top 1": Variant(
-                {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 320, "n_shared_experts": 0}
-            ),
-            "16 x w, top 5": Variant({"num_experts_per_tok": 5, "n_shared_experts": 0}),
-            "16 x w, top 4 + shared": Variant(),
-        },
-        ("bits_per_byte", "without_shared_bits_per_byte", "max_vio"),
-        without_shared_expert,
-    ),
-    "attention": Experiment(
-        "What does a smaller cache cost?",
-        "MLA is as good as MHA or better, GQA and MQA are worse (DeepSeek-V2, arXiv 2405.04434, tables 8 and 9).",
-        {
-            "MHA": _attention("mha", 4),
-            "GQA": _attention("mha", 2),
-            "MQA": _attention("mha", 1),
-            "MLA": _attention("mla"),
-        },
-        ("bits_per_byte", "cache_bytes_per_token"),
-    ),
-    "residual": Experiment(
-        "Do constrained hyper-connections keep signals in bounds, and do they help?",
-        "Amax gain stays below 1.6 with mHC and reaches 3000 with HC; loss mHC < HC < plain at 27B (arXiv 2512.24880, "
-        "section 5).",
-        {
-            "plain": Variant({"num_hidden_layers": 8}),
-            "HC": Variant({"num_hidden_layers": 8, "hc_mult": 4, "hc_sinkhorn_iters": 0}),
-            "mHC": Variant({"num_hidden_layers": 8, "hc_mult": 4}),
-        },
-        ("bits_per_byte", "amax_gain_forward", "amax_gain_backward", "off_diagonal_mass", "stream_similarity"),
-    ),
-    "optimizer": Experiment(
-        "Does Muon need fewer tokens than AdamW?",
-        "Muon reaches the same loss with about half the compute (Moonlight, arXiv 2502.16982); DeepSeek-V4 uses it.",
-        {
-            **{f"AdamW {rate:g}": Variant(learning_rate=rate) for rate in (3e-3, 6e-3)},
-            **{f"Muon {rate:g}": Variant(learning_rate=rate, optimizer="muon") for rate in (6e-3, 3e-3)},
-        },
-    ),
-    "drafting": Experiment(
-        "Does a multi-token-prediction layer cost the next token anything, and are its drafts accepted?",
-        "The main loss is unchanged; the second token is accepted 85 to 90 % of the time (V3 sections 4.5.1 and 5.4.3).",
-        {"no MTP": Variant(), "MTP": Variant({"num_nextn_predict_layers": 1})},
-        ("bits_per_byte", "draft_acceptance"),
-        draft_acceptance,
-    ),
-}
+def spread(results: list[dict[str, Any]], figure: str) -> Spread | None:
+    """A figure of some runs, None if none has it."""
+    values = [result["figures"][figure] for result in results if figure in result["figures"]]
+    if not values:
+        return None
+    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
-def matched(config: dict[str, Any], base_active: int, vocab_size: int) -> FathomConfig:
-    """A variant with as many active parameters as the base, by the width of its experts."""
-
-    def active(values: dict[str, Any]) -> int:
-        with torch.device("meta"):
-            return FathomForCausalLM(FathomConfig.preset("v3", vocab_size=vocab_size, **values)).parameter_counts()[
-                "active"
-            ]
-
-    values = {**BASE, **config}
-    width = values["moe_intermediate_size"]
-    slope = (active({**values, "moe_intermediate_size": width + 8}) - active(values)) / 8
-    width = max(8, round((width + (base_active - active(values)) / slope) / 8) * 8)
-    return FathomConfig.preset("v3", vocab_size=vocab_size, **{**values, "moe_intermediate_size": width})
-
-
-def run_one(
-    variant: Variant, experiment: Experiment, seed: int, data: dict[str, Dataset], steps: int, config, token_bytes
-) -> dict[str, Any]:
-    """Trains and evaluates one variant with one seed."""
-    set_seed(seed)
-    started = time.perf_counter()
-    model = FathomForCausalLM(config)
-    arguments = TrainingArguments(
-        output_dir="unused",
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_ROWS,
-        per_device_eval_batch_size=16,
-        learning_rate=variant.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": max(int(0.4 * steps), 1), "min_lr_ratio": 0.1},
-        warmup_steps=min(20, steps // 4),
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        logging_steps=max(steps // 20, 1),
-        save_strategy="no",
-        seed=seed,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = FathomTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data["train"],
-        data_collator=collate_rows,
-        token_bytes=token_bytes,
-        optimizer_cls_and_kwargs=(MuonFactory, {"lr": variant.learning_rate, "weight_decay": 0.1})
-        if variant.optimizer == "muon"
-        else None,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.train()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    evaluation = {name.removeprefix("eval_"): value for name, value in trainer.evaluate(data["heldout"]).items()}
-    by_layer = [value for name, value in evaluation.items() if name.startswith("max_vio_layer")]
-    dead = [value for name, value in evaluation.items() if name.startswith("dead_experts_layer")]
-    if by_layer:
-        evaluation |= {"max_vio": statistics.mean(by_layer), "dead_experts": sum(dead)}
-    if experiment.measure is not None:
-        evaluation |= experiment.measure(trainer, data["heldout"])
-    counts = model.parameter_counts()
-    return {
-        "seed": seed,
-        "steps": steps,
-        "tokens": steps * BATCH_ROWS * SEQUENCE_LENGTH,
-        "parameters_total": counts["total"],
-        "parameters_active": counts["active"],
-        "cache_bytes_per_token": cache_bytes_per_token(config),
-        **evaluation,
-        "training_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def summary(runs: dict[str, list[dict[str, Any]]], figure: str) -> dict[str, tuple[float, float, int]]:
-    """Mean, standard deviation over seeds and number of runs of a figure, by variant; variants without it are left out."""
-    found = {name: [run[figure] for run in of_variant if figure in run] for name, of_variant in runs.items()}
-    return {
-        name: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
-        for name, values in found.items()
-        if values
-    }
-
-
-def shown(ours: tuple[float, float, int], theirs: tuple[float, float, int]) -> bool:
-    """Whether two means differ by more than two standard deviations of their difference."""
-    return abs(ours[0] - theirs[0]) > 2 * math.sqrt(ours[1] ** 2 / ours[2] + theirs[1] ** 2 / theirs[2])
-
-
-def run_experiment(
-    name: str,
-    folder: Path,
-    data: dict[str, Dataset],
-    token_bytes: list[int],
-    vocab_size: int,
-    seeds: int,
-    steps: int,
-    say: Callable[[str], None] = print,
-) -> dict[str, list[dict[str, Any]]]:
-    """All runs of an experiment, by variant; those that `folder` holds already are read.
-
-    Args:
-        folder: gets `{variant}-{seed}.json` per run.
-        data: rows of SEQUENCE_LENGTH tokens, `train` and `heldout`.
-    """
-    experiment = EXPERIMENTS[name]
-    with torch.device("meta"):
-        base = FathomConfig.preset("v3", vocab_size=vocab_size, **BASE)
-        base_active = FathomForCausalLM(base).parameter_counts()["active"]
-    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in experiment.variants}
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(seeds):
-        for label, variant in experiment.variants.items():
-            file = folder / f"{label.replace(' ', '_').replace(',', '')}-{steps}-{seed}.json"
-            if file.exists():
-                record = json.loads(file.read_text(encoding="utf-8"))
-            else:
-                # Layers more than the base's are no means to an end; only a variant of its own depth has them.
-                matches = "num_hidden_layers" not in variant.config
-                values = {**BASE, **variant.config}
-                config = (
-                    matched(variant.config, base_active, vocab_size)
-                    if matches
-                    else FathomConfig.preset("v3", vocab_size=vocab_size, **values)
-                )
-                record = {"variant": label, **run_one(variant, experiment, seed, data, steps, config, token_bytes)}
-                with staged_directory(folder) as staging:
-                    (staging / file.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            runs[label].append(record)
-            figures = "  ".join(f"{figure} {record[figure]:.3f}" for figure in experiment.figures if figure in record)
-            say(f"{name}: {label}, seed {seed}: {figures}  ({record['seconds']:.0f} s)")
-    return runs
+def verdict(smaller: Spread, larger: Spread) -> str:
+    """Whether one figure is smaller than another: `shown`, `reversed`, `open`, or `unknown` for a single run."""
+    difference = larger.mean - smaller.mean
+    limit = 2 * math.sqrt(smaller.deviation**2 / smaller.runs + larger.deviation**2 / larger.runs)
+    if math.isnan(limit):
+        return "unknown"
+    if abs(difference) <= limit:
+        return "open"
+    return "shown" if difference > 0 else "reversed"
