@@ -146,7 +146,12 @@ def run(name: str, variant: Variant, seed: int, study: Study, folder: Path) -> d
         "variant": name,
         "seed": seed,
         "setup": setup,
-        "origin": {**study.origin, "torch": torch.__version__, "device": model.device.type},
+        "origin": {
+            **study.origin,
+            "torch": torch.__version__,
+            "device": model.device.type,
+            "threads": str(torch.get_num_threads()),
+        },
         "seconds": round(time.perf_counter() - started, 1),
         "figures": figures,
         "training_loss": curve,

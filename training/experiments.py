@@ -6,7 +6,7 @@ side.
 
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..modeling.experts import MixtureOfExperts
 from ..modeling.modeling_fathom import FathomForCausalLM
@@ -114,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
     "gqa": heads(("GQA, 2 key heads", "GQA，2 个键头"), 2, 224),
     "mqa": heads(("MQA", "MQA"), 1, 288),
     "plain": base(("one stream", "单流"), **DEEP),
-    "hc": Variant(("HC, unconstrained", "HC，无约束"), {**BASE, **DEEP, "hc_mult": 4}, prepare=release_connections),
+    "hc": Variant(("HC", "HC"), {**BASE, **DEEP, "hc_mult": 4}, prepare=release_connections),
     "mhc": base(("mHC", "mHC"), **DEEP, hc_mult=4),
     "adamw-6e-3": base(("AdamW, 6e-3", "AdamW，6e-3"), learning_rate=6e-3),
     "muon-3e-3": base(("Muon, 3e-3", "Muon，3e-3"), "muon"),
@@ -166,12 +166,19 @@ class Side:
     variants: tuple[str, ...]
 
 
+class Source(NamedTuple):
+    """A paper on arXiv, and where in it to read."""
+
+    arxiv: str
+    where: Words
+
+
 @dataclass(frozen=True)
 class Finding:
     """A published ordering: `smaller` is smaller than `larger`, either of which may be a published number."""
 
     words: Words
-    source: str
+    source: Source
     smaller: Side | float
     larger: Side | float
 
@@ -204,6 +211,11 @@ class Experiment:
 
 
 SAME_SIZE = ("Total and active parameters are equal.", "总参数与激活参数相等。")
+LOSS_FREE = Source("2408.15664", ("table 2", "表 2"))
+FINE_EXPERTS = Source("2401.06066", ("figure 3", "图 3"))
+FEWER_HEADS = Source("2405.04434", ("table 8", "表 8"))
+CONSTRAINED = Source("2512.24880", ("section 5", "第 5 节"))
+SPARSE = Source("2512.02556", ("section 2.1.1", "第 2.1.1 节"))
 LOSSES = ("loss-0.001", "loss-0.01", "loss-0.1")
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -215,13 +227,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             Finding(
                 ("The bias balances: less MaxVio than without", "偏置能均衡：MaxVio 低于不均衡"),
-                "2408.15664",
+                LOSS_FREE,
                 Side("max_vio", ("base",)),
                 Side("max_vio", ("unbalanced",)),
             ),
             Finding(
                 ("The bias leaves less MaxVio than any of the losses", "偏置的 MaxVio 低于每一种辅助损失"),
-                "2408.15664",
+                LOSS_FREE,
                 Side("max_vio", ("base",)),
                 Side("max_vio", LOSSES),
             ),
@@ -230,13 +242,13 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "The bias costs less: fewer bits per byte than any of the losses",
                     "偏置代价更小：比特数低于每一种辅助损失",
                 ),
-                "2408.15664",
+                LOSS_FREE,
                 Side("bits_per_byte", ("base",)),
                 Side("bits_per_byte", LOSSES),
             ),
             Finding(
                 ("A heavier auxiliary loss costs bits: 0.001 before 0.1", "辅助损失越重代价越大：0.001 优于 0.1"),
-                "2408.15664",
+                Source("2408.15664", ("figure 2", "图 2")),
                 Side("bits_per_byte", ("loss-0.001",)),
                 Side("bits_per_byte", ("loss-0.1",)),
             ),
@@ -245,9 +257,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "experts": Experiment(
         ("Experts: fine or coarse, with or without a shared one", "专家：细粒度与粗粒度，有无共享专家"),
         (
-            "As in DeepSeekMoE, figure 3: total and active parameters are equal, as experts of half the width are "
-            "twice as many, and the shared one takes the place of a routed one.",
-            "与 DeepSeekMoE 图 3 相同：总参数与激活参数相等；专家宽度减半则数目加倍，共享专家占一个路由专家的位置。",
+            "As in DeepSeekMoE, figure 3: but for the routers total and active parameters are equal, as experts of "
+            "half the width are twice as many, and the shared one takes the place of a routed one.",
+            "与 DeepSeekMoE 图 3 相同：除路由器外总参数与激活参数相等；专家宽度减半则数目加倍，共享专家占一个路由专家的"
+            "位置。",
         ),
         ("coarse", "coarse-shared", "fine", "base"),
         ("bits_per_byte", "bits_per_byte_without_shared", "max_vio"),
@@ -257,13 +270,13 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "Finer experts: 1 shared and 3 of 15 before 1 shared and 1 of 7",
                     "更细的专家：1 共享、15 选 3 优于 1 共享、7 选 1",
                 ),
-                "2401.06066",
+                FINE_EXPERTS,
                 Side("bits_per_byte", ("base",)),
                 Side("bits_per_byte", ("coarse-shared",)),
             ),
             Finding(
                 ("A shared expert: 1 shared and 1 of 7 before 2 of 8", "共享专家：1 共享、7 选 1 优于 8 选 2"),
-                "2401.06066",
+                FINE_EXPERTS,
                 Side("bits_per_byte", ("coarse-shared",)),
                 Side("bits_per_byte", ("coarse",)),
             ),
@@ -272,7 +285,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "No routed expert replaces the shared one: off after training, with one more routed, costs bits",
                     "共享专家不可由路由专家代替：训练后关掉、多选一个路由专家，比特数上升",
                 ),
-                "2401.06066",
+                Source("2401.06066", ("section 4.5", "第 4.5 节")),
                 Side("bits_per_byte", ("base",)),
                 Side("bits_per_byte_without_shared", ("base",)),
             ),
@@ -291,19 +304,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             Finding(
                 ("MHA before GQA", "MHA 优于 GQA"),
-                "2405.04434",
+                FEWER_HEADS,
                 Side("bits_per_byte", ("mha",)),
                 Side("bits_per_byte", ("gqa",)),
             ),
             Finding(
                 ("GQA before MQA", "GQA 优于 MQA"),
-                "2405.04434",
+                FEWER_HEADS,
                 Side("bits_per_byte", ("gqa",)),
                 Side("bits_per_byte", ("mqa",)),
             ),
             Finding(
                 ("MLA before MHA", "MLA 优于 MHA"),
-                "2405.04434",
+                Source("2405.04434", ("table 9", "表 9")),
                 Side("bits_per_byte", ("base",)),
                 Side("bits_per_byte", ("mha",)),
             ),
@@ -313,40 +326,41 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("Residual: one stream, HC, mHC", "残差：单流、HC、mHC"),
         (
             "As published, the connections come on top of the same network, here 6 dense layers; that is a good tenth "
-            "more parameters at this width, and 1 % or less at the papers'. Gains are the largest over tokens.",
+            "more parameters at this width, and 1 % or less at the papers'. The weights of HC have no constraint. "
+            "Gains are the largest over tokens.",
             "与论文相同，连接加在同一网络之上，此处为 6 个稠密层；在这个宽度上多出一成多参数，在论文的宽度上不到 1 %。"
-            "增益取各词元中的最大值。",
+            "HC 的权重没有约束。增益取各词元中的最大值。",
         ),
         ("plain", "hc", "mhc"),
         ("bits_per_byte", "amax_gain_backward", "amax_gain_forward", "off_diagonal_mass", "stream_similarity"),
         (
             Finding(
                 ("HC before one stream", "HC 优于单流"),
-                "2409.19606",
+                Source("2409.19606", ("section 4", "第 4 节")),
                 Side("bits_per_byte", ("hc",)),
                 Side("bits_per_byte", ("plain",)),
             ),
             Finding(
                 ("mHC before one stream", "mHC 优于单流"),
-                "2512.24880",
+                CONSTRAINED,
                 Side("bits_per_byte", ("mhc",)),
                 Side("bits_per_byte", ("plain",)),
             ),
             Finding(
                 ("mHC amplifies less than HC, forward", "mHC 的前向增益低于 HC"),
-                "2512.24880",
+                CONSTRAINED,
                 Side("amax_gain_forward", ("mhc",)),
                 Side("amax_gain_forward", ("hc",)),
             ),
             Finding(
                 ("mHC amplifies less than HC, backward", "mHC 的反向增益低于 HC"),
-                "2512.24880",
+                CONSTRAINED,
                 Side("amax_gain_backward", ("mhc",)),
                 Side("amax_gain_backward", ("hc",)),
             ),
             Finding(
                 ("The gain of mHC stays below 1.6", "mHC 的增益低于 1.6"),
-                "2512.24880",
+                CONSTRAINED,
                 Side("amax_gain_backward", ("mhc",)),
                 1.6,
             ),
@@ -363,7 +377,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             Finding(
                 ("Muon before AdamW after as many tokens", "词元数相同时 Muon 优于 AdamW"),
-                "2502.16982",
+                Source("2502.16982", ("section 3", "第 3 节")),
                 Side("bits_per_byte", ("muon-3e-3", "muon-6e-3")),
                 Side("bits_per_byte", ("base", "adamw-6e-3")),
             ),
@@ -381,8 +395,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("bits_per_byte", "draft_acceptance"),
         (
             Finding(
+                (
+                    "The next token is predicted no worse with an MTP layer (V3: equal bits per byte)",
+                    "带 MTP 层时下一个词元预测不变差（V3：每字节比特相等）",
+                ),
+                Source("2412.19437", ("table 4", "表 4")),
+                Side("bits_per_byte", ("mtp",)),
+                Side("bits_per_byte", ("base",)),
+            ),
+            Finding(
                 ("At least 85 % of the drafts are accepted", "草稿接受率至少 85 %"),
-                "2412.19437",
+                Source("2412.19437", ("section 5.4.3", "第 5.4.3 节")),
                 0.85,
                 Side("draft_acceptance", ("mtp",)),
             ),
@@ -393,9 +416,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "One model: trained as V3, given new indexers, these warmed up alone by the KL loss for half as many "
             "steps, then all trained with attention to 16 selected keys. Recall is the share of the 16 keys of largest "
-            "attention that are selected.",
+            "attention that are selected. DeepSeek has published no recall; these orderings are what the warm-up is "
+            "for.",
             "同一个模型：先按 V3 训练，加入新索引器，用 KL 损失单独预热（步数减半），再在只看 16 个选中键的情况下训练"
-            "全部。召回是注意力最大的 16 个键中被选中的比例。",
+            "全部。召回是注意力最大的 16 个键中被选中的比例。DeepSeek 没有公布过召回；这些次序正是预热的目的。",
         ),
         ("indexer",),
         (
@@ -412,13 +436,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             Finding(
                 ("The KL loss raises recall", "KL 损失提高召回"),
-                "2512.02556",
+                SPARSE,
                 Side("indexer_recall_new", ("indexer",)),
                 Side("indexer_recall_warm", ("indexer",)),
             ),
             Finding(
                 ("A warmed-up indexer finds more than the most recent keys have", "预热后的索引器胜过只取最近的键"),
-                "2512.02556",
+                SPARSE,
                 Side("indexer_recent_recall_warm", ("indexer",)),
                 Side("indexer_recall_warm", ("indexer",)),
             ),
@@ -427,7 +451,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "Selecting costs fewer bits with a warmed-up indexer than with a new one",
                     "预热后再选键，比特代价小于用新索引器",
                 ),
-                "2512.02556",
+                SPARSE,
                 Side("bits_per_byte_warm", ("indexer",)),
                 Side("bits_per_byte_new", ("indexer",)),
             ),

@@ -54,11 +54,11 @@ def page(results: Results, say: Say) -> str:
         say("## Published orderings", "## 已发表的次序"),
         say(
             "An ordering reproduces where the two means differ in its direction by more than twice the standard "
-            "deviation of their difference over the seeds, and is reversed where they differ as much the other way. "
+            "deviation of their difference over the seeds, and does not where they differ as much the other way. "
             "Everything in between is open: the runs are too few, or too small, to tell. With three seeds the "
             "deviations are rough themselves, so a difference just above the limit is weak evidence. A side with "
             "several variants stands for the best of them.",
-            "若两个均值按所述方向之差超过其差值跨种子标准差的两倍，则该次序复现；若反方向之差同样大，则相反；介于其间为"
+            "若两个均值按所述方向之差超过其差值跨种子标准差的两倍，则该次序复现；若反方向之差同样大，则不复现；介于其间为"
             "未定：运行太少或规模太小，不足以判断。只有三个种子时，标准差本身也很粗略，刚过界限的差异只是弱证据。一侧有多"
             "个变体时，取其中最好的一个。",
         ),
@@ -82,14 +82,14 @@ def introduction(everything: list[dict[str, Any]], say: Say) -> str:
     return say(
         f"Small matched experiments on findings of DeepSeek's papers, by `fathom ablate`. Each model has about "
         f"{size:.1f} M parameters ({active:.1f} M active) and is trained on {tokens / 1e3:,.0f} thousand tokens of the "
-        f"Python standard library ({steps} steps of {shape} tokens, vocabulary {setup['vocab_size']}), in about a "
-        f"minute on one CPU core. The papers' models are a thousand to a million times larger and see a million times "
-        f"more text. What reproduces here is cheap to see for yourself; what does not reproduce here is not thereby "
-        f"refuted. Bits per byte are measured on {HELDOUT_ROWS} rows of held-out modules; ± is two standard deviations "
-        f"over the seeds.",
+        f"Python standard library ({steps} steps of {shape} tokens, vocabulary {setup['vocab_size']}), in about half "
+        f"a minute on one CPU core. The papers' models are a thousand to a million times larger and see a million "
+        f"times as much text. What reproduces here is cheap to see for yourself; what does not reproduce here is not "
+        f"thereby refuted. Bits per byte are measured on {HELDOUT_ROWS} rows of held-out modules; ± is two standard "
+        f"deviations over the seeds.",
         f"针对 DeepSeek 论文结论的小型对照实验，由 `fathom ablate` 运行。每个模型约 {size:.1f} M 参数（激活 "
         f"{active:.1f} M），在 Python 标准库的 {tokens / 1e3:,.0f} 千个词元上训练（{steps} 步，每步 {shape} 个词元，"
-        f"词表 {setup['vocab_size']}），单个 CPU 核心上约一分钟。论文中的模型大一千到一百万倍，文本多一百万倍。"
+        f"词表 {setup['vocab_size']}），单个 CPU 核心上约半分钟。论文中的模型大一千到一百万倍，文本多一百万倍。"
         f"在这里复现的，人人可以低价亲见；在这里没有复现的，并不因此被否定。每字节比特在留出模块的 {HELDOUT_ROWS} 行上"
         f"测量；± 为跨种子的两倍标准差。",
     )
@@ -99,7 +99,7 @@ def verdicts(names: Iterable[str], results: Results, say: Say) -> str:
     """One line per published ordering."""
     words = {
         "shown": say("**reproduces**", "**复现**"),
-        "reversed": say("**reversed**", "**相反**"),
+        "reversed": say("**does not reproduce**", "**不复现**"),
         "open": say("open", "未定"),
         "unknown": say("one seed only", "仅一个种子"),
     }
@@ -114,7 +114,8 @@ def verdicts(names: Iterable[str], results: Results, say: Say) -> str:
                 (
                     f"[{name}](#{name})",
                     say(*finding.words),
-                    f"[{finding.source}](https://arxiv.org/abs/{finding.source})",
+                    f"[{finding.source.arxiv}](https://arxiv.org/abs/{finding.source.arxiv}), "
+                    f"{say(*finding.source.where)}",
                     words[outcome],
                     comparison(finding, smaller, larger),
                 )
@@ -192,20 +193,19 @@ def cell(value: Spread | None, digits: int) -> str:
 
 def provenance(everything: list[dict[str, Any]], say: Say) -> str:
     """Which code, on what, made the runs."""
-    seconds = sum(result["seconds"] for result in everything)
-    said: dict[str, list[str]] = {"commit": [], "command": [], "python": [], "torch": [], "device": []}
+    said: dict[str, list[str]] = {"commit": [], "command": [], "python": [], "torch": [], "device": [], "threads": []}
     for result in everything:
         for key, seen in said.items():
             if (value := result["origin"].get(key)) and value not in seen:
                 seen.append(value)
     corpora = sorted({result["setup"]["corpus"] for result in everything})
-    count, minutes = len(everything), f"{seconds / 60:.0f}"
+    count = len(everything)
     lines = [
         say(
-            f"{count} runs, {minutes} minutes in all. Each is a file in [`runs`](runs): setup, figures and loss curve. "
+            f"{count} runs. Each is a file in [`runs`](runs): setup, figures and loss curve. "
             f"Runs that are there are not repeated, so the same command goes on after an interruption; with another "
             f"`--output` it repeats all.",
-            f"共 {count} 次运行，合计 {minutes} 分钟。每次运行是 [`runs`](runs) 中的一个文件，含设置、指标与损失曲线。"
+            f"共 {count} 次运行。每次运行是 [`runs`](runs) 中的一个文件，含设置、指标与损失曲线。"
             f"已有的运行不会重复，因此中断后用同一命令继续；换一个 `--output` 则全部重做。",
         ),
         table(

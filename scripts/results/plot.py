@@ -31,8 +31,8 @@ def plot(name: str, results: Results, say: Say) -> Picture:
     picture = Picture(
         say(*experiment.title),
         say(
-            "A dot is a run, the line the mean, the bar two standard deviations over the seeds.",
-            "一点为一次运行，竖线为均值，横条为跨种子的两倍标准差。",
+            "A dot is a run, the line their mean, the bar two standard deviations.",
+            "一点为一次运行，竖线为均值，横条为两倍标准差。",
         ),
     )
     picture.text(LEFT, 40, picture.title, size=20, bold=True)
@@ -146,7 +146,7 @@ def _draw_gains(picture: Picture, top: float, gains: dict[str, list[float]], say
         path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
         picture.path(f"M{path}", colour, width=2.5)
         across, down = points[-1]
-        picture.text(across + 10, down + 6, say(*VARIANTS[variant].label).split(",")[0].split("，")[0], fill=colour)
+        picture.text(across + 10, down + 6, say(*VARIANTS[variant].label), fill=colour)
     picture.text(
         RIGHT - 90, bottom + 26, say(f"{depth} sub-layers", f"{depth} 个子层"), size=16, fill="soft", anchor="end"
     )

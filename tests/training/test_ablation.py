@@ -23,6 +23,7 @@ from fathom.training.experiments import (
     VARIANTS,
     Finding,
     Side,
+    Source,
     learn_to_select,
     without_shared_expert,
 )
@@ -205,7 +206,7 @@ def test_verdicts_by_hand(smaller, larger, expected):
 
 
 def test_a_finding_takes_the_best_of_several_variants_and_waits_for_all():
-    finding = Finding(("", ""), "", Side("bits", ("a", "b")), Side("bits", ("c", "d")))
+    finding = Finding(("", ""), Source("", ("", "")), Side("bits", ("a", "b")), Side("bits", ("c", "d")))
     results = {
         "a": [result(bits=1.9), result(bits=2.1)],
         "b": [result(bits=1.0), result(bits=1.2)],
