@@ -212,6 +212,7 @@ class Experiment:
 
 SAME_SIZE = ("Total and active parameters are equal.", "总参数与激活参数相等。")
 LOSS_FREE = Source("2408.15664", ("table 2", "表 2"))
+LOSS_WEIGHTS = Source("2408.15664", ("figure 2", "图 2"))
 FINE_EXPERTS = Source("2401.06066", ("figure 3", "图 3"))
 FEWER_HEADS = Source("2405.04434", ("table 8", "表 8"))
 CONSTRAINED = Source("2512.24880", ("section 5", "第 5 节"))
@@ -232,23 +233,32 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Side("max_vio", ("unbalanced",)),
             ),
             Finding(
-                ("The bias leaves less MaxVio than any of the losses", "偏置的 MaxVio 低于每一种辅助损失"),
+                ("The bias leaves less MaxVio than a loss of 0.001", "偏置的 MaxVio 低于 0.001 的辅助损失"),
                 LOSS_FREE,
+                Side("max_vio", ("base",)),
+                Side("max_vio", ("loss-0.001",)),
+            ),
+            Finding(
+                ("The bias needs fewer bits per byte than a loss of 0.001", "偏置的比特数低于 0.001 的辅助损失"),
+                LOSS_FREE,
+                Side("bits_per_byte", ("base",)),
+                Side("bits_per_byte", ("loss-0.001",)),
+            ),
+            Finding(
+                ("No weight of the loss leaves as little MaxVio", "任何权重的辅助损失都达不到同样低的 MaxVio"),
+                LOSS_WEIGHTS,
                 Side("max_vio", ("base",)),
                 Side("max_vio", LOSSES),
             ),
             Finding(
-                (
-                    "The bias costs less: fewer bits per byte than any of the losses",
-                    "偏置代价更小：比特数低于每一种辅助损失",
-                ),
-                LOSS_FREE,
+                ("No weight of the loss needs as few bits", "任何权重的辅助损失都达不到同样低的比特数"),
+                LOSS_WEIGHTS,
                 Side("bits_per_byte", ("base",)),
                 Side("bits_per_byte", LOSSES),
             ),
             Finding(
-                ("A heavier auxiliary loss costs bits: 0.001 before 0.1", "辅助损失越重代价越大：0.001 优于 0.1"),
-                Source("2408.15664", ("figure 2", "图 2")),
+                ("A heavier loss costs bits: 0.001 before 0.1", "辅助损失越重代价越大：0.001 优于 0.1"),
+                LOSS_WEIGHTS,
                 Side("bits_per_byte", ("loss-0.001",)),
                 Side("bits_per_byte", ("loss-0.1",)),
             ),
