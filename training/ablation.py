@@ -66,14 +66,12 @@ class Variant:
     """One model and how it is trained.
 
     Args:
-        label: its name in English and Chinese.
         config: fields of FathomConfig, on top of the generation's nano preset.
         optimizer: `adamw` or `muon`.
         prepare: changes the new model before it is trained.
         afterwards: further training and its figures.
     """
 
-    label: tuple[str, str]
     config: dict[str, Any]
     optimizer: str = "adamw"
     learning_rate: float = LEARNING_RATE

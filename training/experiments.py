@@ -37,24 +37,19 @@ DEEP: dict[str, Any] = {"num_hidden_layers": 6, "channel_mixers": "dense"}
 INDEXER: dict[str, Any] = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 16}
 
 
-def base(label: Words, optimizer: str = "adamw", learning_rate: float = 3e-3, **config: Any) -> Variant:
+def base(optimizer: str = "adamw", learning_rate: float = 3e-3, **config: Any) -> Variant:
     """The base with some fields changed."""
-    return Variant(label, {**BASE, **config}, optimizer, learning_rate)
+    return Variant({**BASE, **config}, optimizer, learning_rate)
 
 
-def heads(label: Words, key_heads: int, intermediate_size: int) -> Variant:
+def heads(key_heads: int, intermediate_size: int) -> Variant:
     """The base with multi-head attention of some key heads."""
-    mixer: dict[str, Any] = {"token_mixers": "mha", "head_dim": 24, "num_key_value_heads": key_heads}
-    return base(label, **mixer, intermediate_size=intermediate_size)
+    return base(token_mixers="mha", head_dim=24, num_key_value_heads=key_heads, intermediate_size=intermediate_size)
 
 
 def balanced_by_loss(weight: float) -> Variant:
-    return base(
-        (f"auxiliary loss, {weight:g}", f"辅助损失，{weight:g}"),
-        router_bias_update_speed=0.0,
-        aux_loss_alpha=weight,
-        seq_aux=False,
-    )
+    """The base with an auxiliary loss over all tokens of a batch in place of the bias."""
+    return base(router_bias_update_speed=0.0, aux_loss_alpha=weight, seq_aux=False)
 
 
 def without_shared_expert(model: FathomForCausalLM, study: Study, seed: int) -> dict[str, float]:
@@ -94,33 +89,25 @@ def learn_to_select(model: FathomForCausalLM, study: Study, seed: int) -> dict[s
 
 
 VARIANTS: dict[str, Variant] = {
-    "base": Variant(("V3 in small", "小号 V3"), BASE, afterwards=without_shared_expert),
-    "unbalanced": base(("not balanced", "不均衡"), router_bias_update_speed=0.0),
+    "base": Variant(BASE, afterwards=without_shared_expert),
+    "unbalanced": base(router_bias_update_speed=0.0),
     "loss-0.001": balanced_by_loss(0.001),
     "loss-0.01": balanced_by_loss(0.01),
     "loss-0.1": balanced_by_loss(0.1),
-    "coarse": base(
-        ("2 of 8", "8 选 2"),
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=96,
-        n_shared_experts=0,
-    ),
-    "coarse-shared": base(
-        ("1 shared, 1 of 7", "1 共享，7 选 1"), n_routed_experts=7, num_experts_per_tok=1, moe_intermediate_size=96
-    ),
-    "fine": base(("4 of 16", "16 选 4"), n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=0),
-    "mha": heads(("MHA", "MHA"), 4, 96),
-    "gqa": heads(("GQA, 2 key heads", "GQA，2 个键头"), 2, 224),
-    "mqa": heads(("MQA", "MQA"), 1, 288),
-    "plain": base(("one stream", "单流"), **DEEP),
-    "hc": Variant(("HC", "HC"), {**BASE, **DEEP, "hc_mult": 4}, prepare=release_connections),
-    "mhc": base(("mHC", "mHC"), **DEEP, hc_mult=4),
-    "adamw-6e-3": base(("AdamW, 6e-3", "AdamW，6e-3"), learning_rate=6e-3),
-    "muon-3e-3": base(("Muon, 3e-3", "Muon，3e-3"), "muon"),
-    "muon-6e-3": base(("Muon, 6e-3", "Muon，6e-3"), "muon", 6e-3),
-    "mtp": base(("with an MTP layer", "带 MTP 层"), num_nextn_predict_layers=1),
-    "indexer": Variant(("V3 made V3.2", "由 V3 变成 V3.2"), BASE, afterwards=learn_to_select),
+    "coarse": base(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=0),
+    "coarse-shared": base(n_routed_experts=7, num_experts_per_tok=1, moe_intermediate_size=96),
+    "fine": base(n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=0),
+    "mha": heads(4, intermediate_size=96),
+    "gqa": heads(2, intermediate_size=224),
+    "mqa": heads(1, intermediate_size=288),
+    "plain": base(**DEEP),
+    "hc": Variant({**BASE, **DEEP, "hc_mult": 4}, prepare=release_connections),
+    "mhc": base(**DEEP, hc_mult=4),
+    "adamw-6e-3": base(learning_rate=6e-3),
+    "muon-3e-3": base("muon"),
+    "muon-6e-3": base("muon", learning_rate=6e-3),
+    "mtp": base(num_nextn_predict_layers=1),
+    "indexer": Variant(BASE, afterwards=learn_to_select),
 }
 
 
@@ -201,11 +188,11 @@ def side_of(side: Side | float, results: dict[str, list[dict[str, Any]]]) -> Spr
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, the variants that answer it, and what was published about it."""
+    """A question, the variants that answer it with what they are called here, and what was published about it."""
 
     title: Words
     matched: Words
-    variants: tuple[str, ...]
+    variants: dict[str, Words]
     figures: tuple[str, ...]
     findings: tuple[Finding, ...]
 
@@ -223,7 +210,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "balance": Experiment(
         ("Balance: a routing bias or an auxiliary loss", "均衡：路由偏置与辅助损失"),
         SAME_SIZE,
-        ("unbalanced", *LOSSES, "base"),
+        {
+            "unbalanced": ("not balanced", "不均衡"),
+            "loss-0.001": ("auxiliary loss, 0.001", "辅助损失，0.001"),
+            "loss-0.01": ("auxiliary loss, 0.01", "辅助损失，0.01"),
+            "loss-0.1": ("auxiliary loss, 0.1", "辅助损失，0.1"),
+            "base": ("routing bias", "路由偏置"),
+        },
         ("bits_per_byte", "max_vio", "max_vio_batch", "dead_experts"),
         (
             Finding(
@@ -272,7 +265,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "与 DeepSeekMoE 图 3 相同：除路由器外总参数与激活参数相等；专家宽度减半则数目加倍，共享专家占一个路由专家的"
             "位置。",
         ),
-        ("coarse", "coarse-shared", "fine", "base"),
+        {
+            "coarse": ("2 of 8", "8 选 2"),
+            "coarse-shared": ("1 shared, 1 of 7", "1 共享，7 选 1"),
+            "fine": ("4 of 16", "16 选 4"),
+            "base": ("1 shared, 3 of 15", "1 共享，15 选 3"),
+        },
         ("bits_per_byte", "bits_per_byte_without_shared", "max_vio"),
         (
             Finding(
@@ -309,7 +307,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "总参数与激活参数之差在 0.1 % 以内，由首层稠密网络的宽度调节。DeepSeek-V2 用层数对齐（MHA、GQA、MQA），"
             "MLA 则只大致对齐。",
         ),
-        ("mha", "gqa", "mqa", "base"),
+        {
+            "mha": ("MHA, 4 heads", "MHA，4 头"),
+            "gqa": ("GQA, 2 key heads", "GQA，2 个键头"),
+            "mqa": ("MQA, 1 key head", "MQA，1 个键头"),
+            "base": ("MLA", "MLA"),
+        },
         ("bits_per_byte", "cache_bytes_per_token"),
         (
             Finding(
@@ -341,7 +344,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "与论文相同，连接加在同一网络之上，此处为 6 个稠密层；在这个宽度上多出一成多参数，在论文的宽度上不到 1 %。"
             "HC 的权重没有约束。增益取各词元中的最大值。",
         ),
-        ("plain", "hc", "mhc"),
+        {"plain": ("one stream", "单流"), "hc": ("HC", "HC"), "mhc": ("mHC", "mHC")},
         ("bits_per_byte", "amax_gain_backward", "amax_gain_forward", "off_diagonal_mass", "stream_similarity"),
         (
             Finding(
@@ -382,7 +385,12 @@ EXPERIMENTS: dict[str, Experiment] = {
             "The same model and the same tokens; each optimizer at its better one of two learning rates.",
             "同一模型，同样的词元；每种优化器取两个学习率中较好的一个。",
         ),
-        ("base", "adamw-6e-3", "muon-3e-3", "muon-6e-3"),
+        {
+            "base": ("AdamW, 3e-3", "AdamW，3e-3"),
+            "adamw-6e-3": ("AdamW, 6e-3", "AdamW，6e-3"),
+            "muon-3e-3": ("Muon, 3e-3", "Muon，3e-3"),
+            "muon-6e-3": ("Muon, 6e-3", "Muon，6e-3"),
+        },
         ("bits_per_byte",),
         (
             Finding(
@@ -401,7 +409,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "同一模型；与 V3 相同，MTP 层训练时外加，之后去掉。草稿若等于模型自己对再下一个词元的贪心选择即为接受，"
             "在留出文本上统计。",
         ),
-        ("base", "mtp"),
+        {"base": ("without an MTP layer", "无 MTP 层"), "mtp": ("with an MTP layer", "带 MTP 层")},
         ("bits_per_byte", "draft_acceptance"),
         (
             Finding(
@@ -431,7 +439,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "同一个模型：先按 V3 训练，加入新索引器，用 KL 损失单独预热（步数减半），再在只看 16 个选中键的情况下训练"
             "全部。召回是注意力最大的 16 个键中被选中的比例。DeepSeek 没有公布过召回；这些次序正是预热的目的。",
         ),
-        ("indexer",),
+        {"indexer": ("V3 made V3.2", "由 V3 变成 V3.2")},
         (
             "indexer_recall_new",
             "indexer_recall_warm",

@@ -164,17 +164,17 @@ def variants_table(experiment: Experiment, results: Results, say: Say) -> str:
         say("seeds", "种子"),
     )
     rows = []
-    for variant in experiment.variants:
+    for variant, label in experiment.variants.items():
         runs = results[variant]
         cells = [cell(spread(runs, figure), FIGURES[figure].digits) for figure in experiment.figures]
         sizes = " / ".join(f"{runs[0]['figures'][f'parameters_{kind}']:,}" for kind in ("total", "active"))
-        rows.append((say(*VARIANTS[variant].label), *cells, sizes, str(len(runs))))
+        rows.append((say(*label), *cells, sizes, str(len(runs))))
     return table(header, rows)
 
 
 def one(experiment: Experiment, results: Results, say: Say) -> str:
     """A row per figure, for an experiment with one variant."""
-    runs = results[experiment.variants[0]]
+    runs = results[next(iter(experiment.variants))]
     header = (say("figure", "指标"), say("value", "值"), say("seeds", "种子"))
     rows = [
         (title_of(figure, say), cell(spread(runs, figure), FIGURES[figure].digits), str(len(runs)))

@@ -3,7 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from ...training.experiments import EXPERIMENTS, FIGURES, VARIANTS
+from ...training.ablation import spread
+from ...training.experiments import EXPERIMENTS, FIGURES, Words
 from ..generations.svg import WIDTH, Picture
 from .words import Results, Say, number
 
@@ -13,8 +14,12 @@ ROW = 34
 
 
 class Row(NamedTuple):
+    """A figure of a variant: every run's, and their mean and standard deviation (0 for one run)."""
+
     label: str
-    values: list[float]  # one per seed
+    values: list[float]
+    mean: float
+    deviation: float
 
 
 class Panel(NamedTuple):
@@ -41,7 +46,7 @@ def plot(name: str, results: Results, say: Say) -> Picture:
     for panel in panels(name, results, say):
         top = _draw(picture, top, panel)
     if depths := gains(name, results):
-        top = _draw_gains(picture, top, depths, say)
+        top = _draw_gains(picture, top, depths, experiment.variants, say)
     picture.height = top + 8
     return picture
 
@@ -49,22 +54,19 @@ def plot(name: str, results: Results, say: Say) -> Picture:
 def panels(name: str, results: Results, say: Say) -> list[Panel]:
     """One per figure with a row per variant; where there is one variant, one per unit with a row per figure."""
     experiment = EXPERIMENTS[name]
-    if len(experiment.variants) > 1:
-        found = []
-        for figure in experiment.figures:
-            rows = [
-                Row(say(*VARIANTS[variant].label), _values(results[variant], figure)) for variant in experiment.variants
-            ]
-            about = FIGURES[figure]
-            found.append(Panel(title_of(figure, say), about.digits, [row for row in rows if row.values]))
-        return [panel for panel in found if len(panel.rows) > 1]
-    by_unit: dict[str, Panel] = {}
+    found: dict[str, Panel] = {}
     for figure in experiment.figures:
         about = FIGURES[figure]
-        panel = by_unit.setdefault(say(*about.unit), Panel(say(*about.unit), about.digits, []))
-        label = say(*about.of) if about.of else say("attention to all keys", "注意所有键")
-        panel.rows.append(Row(label, _values(results[experiment.variants[0]], figure)))
-    return list(by_unit.values())
+        for variant, label in experiment.variants.items():
+            title = title_of(figure, say)
+            if len(experiment.variants) == 1:
+                title, label = say(*about.unit), about.of or ("attention to all keys", "注意所有键")
+            panel = found.setdefault(title, Panel(title, about.digits, []))
+            if (over_seeds := spread(results[variant], figure)) is not None:
+                deviation = 0.0 if math.isnan(over_seeds.deviation) else over_seeds.deviation
+                values = values_of(results[variant], figure)
+                panel.rows.append(Row(say(*label), values, over_seeds.mean, deviation))
+    return [panel for panel in found.values() if len(panel.rows) > 1]
 
 
 def title_of(figure: str, say: Say) -> str:
@@ -77,52 +79,46 @@ def gains(name: str, results: Results) -> dict[str, list[float]]:
     """Backward Amax gain after each sub-layer by variant, mean over seeds."""
     found = {}
     for variant in EXPERIMENTS[name].variants:
-        runs = [
-            result["figures"]["gain_by_depth"] for result in results[variant] if "gain_by_depth" in result["figures"]
-        ]
+        runs = values_of(results[variant], "gain_by_depth")
         if runs:
             found[variant] = [sum(step[1] for step in steps) / len(steps) for steps in zip(*runs, strict=True)]
     return found
 
 
-def _values(runs: list[dict[str, Any]], figure: str) -> list[Any]:
+def values_of(runs: list[dict[str, Any]], figure: str) -> list[Any]:
+    """A figure of those runs that have it."""
     return [result["figures"][figure] for result in runs if figure in result["figures"]]
-
-
-def spread_of(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation, 0 of one value."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 def _draw(picture: Picture, top: float, panel: Panel) -> float:
     """Draws a panel at `top`, and gives where it ends."""
     picture.line(LEFT, top, RIGHT, top, "edge", width=1)
     picture.text(LEFT, top + 27, panel.title, size=18, bold=True)
-    spreads = [spread_of(row.values) for row in panel.rows]
-    low = min([mean - 2 * deviation for mean, deviation in spreads] + [min(row.values) for row in panel.rows])
-    high = max([mean + 2 * deviation for mean, deviation in spreads] + [max(row.values) for row in panel.rows])
+    low = min(min(*row.values, row.mean - 2 * row.deviation) for row in panel.rows)
+    high = max(max(*row.values, row.mean + 2 * row.deviation) for row in panel.rows)
     scale = (AXIS_RIGHT - AXIS_LEFT) / ((high - low) or 1)
 
     def x(value: float) -> float:
         return AXIS_LEFT + (value - low) * scale
 
     y = top + 54
-    for row, (mean, deviation) in zip(panel.rows, spreads, strict=True):
+    for row in panel.rows:
         picture.text(LEFT, y + 6, row.label, size=16)
         picture.line(AXIS_LEFT, y, AXIS_RIGHT, y, "edge", width=1)
-        picture.rect(x(mean - 2 * deviation), y - 6, 4 * deviation * scale, 12, fill="pale", radius=4)
+        picture.rect(x(row.mean - 2 * row.deviation), y - 6, 4 * row.deviation * scale, 12, fill="pale", radius=4)
         for value in row.values:
             picture.circle(x(value), y, 4.5, fill="read")
-        picture.line(x(mean), y - 10, x(mean), y + 10, "warm", width=2.5)
-        picture.text(RIGHT, y + 6, number(mean, panel.digits), size=16, anchor="end", bold=True)
+        picture.line(x(row.mean), y - 10, x(row.mean), y + 10, "warm", width=2.5)
+        picture.text(RIGHT, y + 6, number(row.mean, panel.digits), size=16, anchor="end", bold=True)
         y += ROW
     picture.text(AXIS_LEFT, y + 2, number(low, panel.digits), size=16, fill="soft")
     picture.text(AXIS_RIGHT, y + 2, number(high, panel.digits), size=16, fill="soft", anchor="end")
     return y + 18
 
 
-def _draw_gains(picture: Picture, top: float, gains: dict[str, list[float]], say: Say) -> float:
+def _draw_gains(
+    picture: Picture, top: float, gains: dict[str, list[float]], labels: dict[str, Words], say: Say
+) -> float:
     """Draws gain over depth as lines at `top`, and gives where they end."""
     picture.line(LEFT, top, RIGHT, top, "edge", width=1)
     words = say("Amax gain backward, from the first sub-layer to each", "反向 Amax 增益，从第一个子层到每个子层")
@@ -146,7 +142,7 @@ def _draw_gains(picture: Picture, top: float, gains: dict[str, list[float]], say
         path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
         picture.path(f"M{path}", colour, width=2.5)
         across, down = points[-1]
-        picture.text(across + 10, down + 6, say(*VARIANTS[variant].label), fill=colour)
+        picture.text(across + 10, down + 6, say(*labels[variant]), fill=colour)
     picture.text(
         RIGHT - 90, bottom + 26, say(f"{depth} sub-layers", f"{depth} 个子层"), size=16, fill="soft", anchor="end"
     )

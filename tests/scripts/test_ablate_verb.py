@@ -90,8 +90,8 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     write_runs(tmp_path, "base", bits_per_byte=[2.39, 2.4, 2.41], cache_bytes_per_token=[256.0] * 3)
     write_results(tmp_path)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| MHA | 2.100 ± 0.200 | 1,536 | 1,000,000 / 500,000 | 3 |" in page
-    assert "| V3 in small | 2.400 ± 0.020 | 256 | 1,000,000 / 500,000 | 3 |" in page
+    assert "| MHA, 4 heads | 2.100 ± 0.200 | 1,536 | 1,000,000 / 500,000 | 3 |" in page
+    assert "| MLA | 2.400 ± 0.020 | 256 | 1,000,000 / 500,000 | 3 |" in page
     heads, latent = (f"[2405.04434](https://arxiv.org/abs/2405.04434), table {table}" for table in (8, 9))
     for words in (
         f"| MHA before GQA | {heads} | **reproduces** | 2.100 ± 0.200, 2.400 ± 0.200 |",
@@ -107,7 +107,7 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     assert f"| MLA 优于 MHA | {latent.replace('table', '表')} | **不复现** | 2.400 ± 0.020, 2.100 ± 0.200 |" in chinese
     picture = ElementTree.parse(tmp_path / "attention.svg").getroot()
     drawn = {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"MHA", "2.100", "2.400", "1,536"} <= drawn
+    assert {"MHA, 4 heads", "2.100", "2.400", "1,536"} <= drawn
     dots = list(picture.iter("{http://www.w3.org/2000/svg}circle"))
     assert len(dots) == 2 * 4 * 3
     assert not (tmp_path / "balance.svg").exists()

@@ -31,7 +31,7 @@ from fathom.training.packing import IGNORED, pack_documents
 from fathom.training.unconstrained import release_connections
 
 TINY = {**MODEL, "num_nextn_predict_layers": 0}
-VARIANT = Variant(("tiny", "小"), TINY)
+VARIANT = Variant(TINY)
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_written_of_a_run_that_fails(study, tmp_path, monkeypatch):
 
 def test_a_run_of_another_setup_is_not_taken_for_this_one(study, tmp_path):
     ablation.run("tiny", VARIANT, 0, study, tmp_path)
-    changed = Variant(VARIANT.label, {**TINY, "moe_intermediate_size": 40}, learning_rate=1e-3)
+    changed = Variant({**TINY, "moe_intermediate_size": 40}, learning_rate=1e-3)
     with pytest.raises(UserError, match=r"tiny-0.json was run with another config, learning_rate; choose another"):
         ablation.run("tiny", changed, 0, study, tmp_path)
 
