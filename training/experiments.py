@@ -103,6 +103,7 @@ VARIANTS: dict[str, Variant] = {
     "plain": base(**DEEP),
     "hc": Variant({**BASE, **DEEP, "hc_mult": 4}, prepare=release_connections),
     "mhc": base(**DEEP, hc_mult=4),
+    "adamw-1.5e-3": base(learning_rate=1.5e-3),
     "adamw-6e-3": base(learning_rate=6e-3),
     "muon-3e-3": base("muon"),
     "muon-6e-3": base("muon", learning_rate=6e-3),
@@ -382,10 +383,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     "optimizer": Experiment(
         ("Optimizer: AdamW or Muon", "优化器：AdamW 与 Muon"),
         (
-            "The same model and the same tokens; each optimizer at its better one of two learning rates.",
-            "同一模型，同样的词元；每种优化器取两个学习率中较好的一个。",
+            "The same model and the same tokens; each optimizer at the best of its learning rates.",
+            "同一模型，同样的词元；每种优化器取其学习率中最好的一个。",
         ),
         {
+            "adamw-1.5e-3": ("AdamW, 1.5e-3", "AdamW，1.5e-3"),
             "base": ("AdamW, 3e-3", "AdamW，3e-3"),
             "adamw-6e-3": ("AdamW, 6e-3", "AdamW，6e-3"),
             "muon-3e-3": ("Muon, 3e-3", "Muon，3e-3"),
@@ -397,7 +399,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ("Muon before AdamW after as many tokens", "词元数相同时 Muon 优于 AdamW"),
                 Source("2502.16982", ("section 3", "第 3 节")),
                 Side("bits_per_byte", ("muon-3e-3", "muon-6e-3")),
-                Side("bits_per_byte", ("base", "adamw-6e-3")),
+                Side("bits_per_byte", ("adamw-1.5e-3", "base", "adamw-6e-3")),
             ),
         ),
     ),
