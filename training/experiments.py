@@ -304,9 +304,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("Attention: what a smaller cache costs", "注意力：更小的缓存要付出什么"),
         (
             "Total and active parameters are equal within 0.1 %, by the width of the first layer's dense network. "
-            "DeepSeek-V2 matched by the number of layers (MHA, GQA, MQA) and not exactly (MLA).",
+            "DeepSeek-V2 matched by the number of layers (MHA, GQA, MQA) and not exactly (MLA). MLA normalises its "
+            "latents and the others nothing: in so few steps a lead may be one of learning speed, not of quality.",
             "总参数与激活参数之差在 0.1 % 以内，由首层稠密网络的宽度调节。DeepSeek-V2 用层数对齐（MHA、GQA、MQA），"
-            "MLA 则只大致对齐。",
+            "MLA 则只大致对齐。MLA 对潜向量做归一化，其他的没有：步数这么少，领先可能只是学得快，而不是质量更好。",
         ),
         {
             "mha": ("MHA, 4 heads", "MHA，4 头"),
@@ -359,6 +360,12 @@ EXPERIMENTS: dict[str, Experiment] = {
                 CONSTRAINED,
                 Side("bits_per_byte", ("mhc",)),
                 Side("bits_per_byte", ("plain",)),
+            ),
+            Finding(
+                ("mHC before HC", "mHC 优于 HC"),
+                Source("2512.24880", ("table 4", "表 4")),
+                Side("bits_per_byte", ("mhc",)),
+                Side("bits_per_byte", ("hc",)),
             ),
             Finding(
                 ("mHC amplifies less than HC, forward", "mHC 的前向增益低于 HC"),
