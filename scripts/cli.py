@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "say what a checkpoint is, from its headers alone",
     "serve": "an OpenAI-compatible API for a model",
     "export": "write a model as transformers' own DeepSeek classes or DeepSeek's releases have it",
+    "ablate": "small matched experiments over seeds, with a table and plots",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
 

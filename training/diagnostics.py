@@ -90,22 +90,30 @@ class StreamProbe:
         elif isinstance(module, StreamCollapse):
             self.streams = inputs[0].detach()
 
+    def gains(self) -> list[tuple[float, float]]:
+        """Amax gain (forward, backward) from the first sub-layer to each, the largest over tokens."""
+        gains, product = [], None
+        for mixing in self.matrices:
+            matrix = mixing.transpose(-1, -2)  # so that X' = M X
+            product = matrix if product is None else matrix @ product
+            size = product.abs()
+            gains.append((size.sum(dim=-1).max().item(), size.sum(dim=-2).max().item()))
+        return gains
+
     def metrics(self) -> dict[str, float]:
         """The figures above, means over tokens; the gains' largest over tokens. Empty without hyper-connections."""
         if self.streams is None:
             return {}
-        mixed = torch.stack(self.matrices).transpose(-1, -2)  # [L, B, T, n, n], so that X' = M X
-        product = mixed[0]
-        for matrix in mixed[1:]:
-            product = matrix @ product
+        forward, backward = self.gains()[-1]
+        mixed = torch.stack(self.matrices).abs().transpose(-1, -2)  # [L, B, T, n, n]
+        diagonal = mixed.diagonal(dim1=-2, dim2=-1)
         streams = F.normalize(self.streams.float(), dim=-1)
         cosines = streams @ streams.transpose(-1, -2)  # [B, T, n, n]
         n = cosines.shape[-1]
-        diagonal = mixed.diagonal(dim1=-2, dim2=-1)
         pairs = cosines.sum(dim=(-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         return {
-            "amax_gain_forward": product.abs().sum(dim=-1).max().item(),
-            "amax_gain_backward": product.abs().sum(dim=-2).max().item(),
-            "off_diagonal_mass": (mixed.abs().sum(dim=-1) - diagonal.abs()).mean().item(),
+            "amax_gain_forward": forward,
+            "amax_gain_backward": backward,
+            "off_diagonal_mass": (mixed.sum(dim=-1) - diagonal).mean().item(),
             "stream_similarity": (pairs / (n * (n - 1))).mean().item(),
         }
