@@ -23,11 +23,11 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from fathom.modeling.experts import DeviceAwareExperts, TopKRouter
+from fathom.modeling.experts import RoutedExperts, TopKRouter
 from fathom.scripts import cli
 
 of_accelerate = AcceleratorState.__init__
-of_experts = DeviceAwareExperts.forward
+of_experts = RoutedExperts.forward
 
 
 def taken_for_gpus(self, *args, **kwargs) -> None:
@@ -57,7 +57,7 @@ if __name__ == "__main__":
         with (
             mock.patch.object(AcceleratorState, "__init__", state),
             mock.patch.object(TopKRouter, "choose", chosen),
-            mock.patch.object(DeviceAwareExperts, "forward", experts),
+            mock.patch.object(RoutedExperts, "forward", experts),
         ):
             code = cli.main(run["words"])
         if code != run.get("code", 0):
