@@ -9,13 +9,18 @@ replaced by a draw from max(p - q, 0), normalised.
 Rows of a batch keep different numbers of drafts. A draft that only its own row refuses stays in the caches as padding;
 columns that are padding in every row are cropped.
 
+The first steps do without drafts, to know what plain decoding costs here. Where steps with drafts take longer per
+token, there are no more of them. So with sampling a seed may give another text where a machine is busier.
+
 MTP layers have caches of their own. At depth k a token's entry needs the token k ahead, which for the last K - 1
-tokens is a draft: these are read again in the next step (`Tail`).
+tokens is a draft: these are read again in the next step.
 
 Shapes: B batch, T tokens read at once, K depths, V vocabulary, C columns of the texts.
 """
 
+import statistics
 from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -24,9 +29,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import FathomDynamicCache, cache_layer
 
-# Drafts that are looked back on, and the share of them that has to be kept: below it, plain decoding is faster.
-REMEMBERED_DRAFTS = 64
-WORTHWHILE_SHARE = 0.3
+PLAIN_STEPS = 3  # whose median is the cost of plain decoding
+DRAFT_STEPS = 16  # that are looked back on to compare with it
 
 
 @dataclass
@@ -88,13 +92,13 @@ class Columns:
         self.cache.crop(-trailing)
 
 
-class Tail(NamedTuple):
-    """Tokens that the MTP layers read again: the last K - 1 of every row."""
+class MainOutput(NamedTuple):
+    """What the MTP layers read of T tokens."""
 
-    states: torch.Tensor  # [B, K - 1, ...], the main model's
-    columns: torch.Tensor  # [B, K - 1], where they stand in the texts
-    positions: torch.Tensor  # [B, K - 1]
-    real: torch.Tensor  # bool [B, K - 1]
+    states: torch.Tensor  # [B, T, ...], the main model's `final_states`
+    columns: torch.Tensor  # [B, T], where the tokens stand in the texts
+    positions: torch.Tensor  # [B, T]
+    real: torch.Tensor  # bool [B, T]
 
 
 class DraftDecoder:
@@ -148,9 +152,12 @@ class DraftDecoder:
         self.prompt_real = real[:, past:]
         self.main = Columns(past_key_values, real[:, :past])
         self.drafts = Columns(DraftCache(model.config), real[:, :0])
-        self.tail: Tail | None = None
+        # What the MTP layers have not read yet: with several depths also what they read again, at the beginning.
+        self.unread: list[MainOutput] = []
         self.figures = {"forwards": 0, "drafted_tokens": 0, "accepted_tokens": 0}
-        self.recent: list[tuple[int, int]] = []
+        # Seconds and tokens of the steps so far.
+        self.plain_steps: list[tuple[float, int]] = []
+        self.draft_steps: list[tuple[float, int]] = []
 
     def run(self, streamer=None) -> DraftDecodingOutput:
         self.read_prompt(streamer)
@@ -174,31 +181,46 @@ class DraftDecoder:
         self.accept(tokens, torch.zeros_like(self.lengths), streamer)
         # Of a prompt given by embeddings only the last token's successor is known.
         known = self.prompt_columns[0] >= -1
-        last = known.sum() - 1
-        if self.alive.any():
-            self.draft(
-                states[:, known],
-                self.prompt_columns[:, known],
-                self.prompt_positions[:, known],
-                self.prompt_real[:, known],
-                last.expand_as(self.lengths),
-            )
+        whole = (states, self.prompt_columns, self.prompt_positions, self.prompt_real)
+        prompt = MainOutput(*(each[:, known] for each in whole))
+        # With several depths the MTP layers read the last tokens again: before the first there are none.
+        first = MainOutput(*(each[:, :1].repeat_interleave(self.depths - 1, dim=1) for each in prompt))
+        self.unread = [first._replace(real=torch.zeros_like(first.real))]
+        self.draft(prompt, torch.full_like(self.lengths, prompt.columns.shape[1] - 1))
 
     def step(self, streamer) -> None:
         """Checks the drafts, accepts what agrees, and drafts again."""
-        depths = self.depths if self.drafting else 0
+        start, before = perf_counter(), int(self.lengths.sum())
+        depths = self.depths if self.has_drafts() else 0
         columns = self.lengths[:, None] - 1 + torch.arange(depths + 1, device=self.lengths.device)
         positions = columns + self.offset[:, None]
         states, logits = self.read(columns, positions, self.alive[:, None].expand_as(columns), None, depths + 1)
         tokens, kept = self.choose(self.scores(logits))
-        drafted = int(self.alive.sum()) * depths
+        self.figures["drafted_tokens"] += int(self.alive.sum()) * depths
         self.accept(tokens, kept, streamer)
         # The newest token is not in the cache; a row that has stopped before its last draft did not keep the others.
         real = columns < self.lengths[:, None] - 1
-        self.remember(drafted, int(real[:, 1:].sum()))
+        self.figures["accepted_tokens"] += int(real[:, 1:].sum())
         self.main.forget(~real)
-        if self.drafting and self.alive.any():
-            self.draft(states, columns, positions, real, kept)
+        gained = int(self.lengths.sum()) - before
+        if not depths:
+            self.plain_steps.append((perf_counter() - start, gained))
+        self.draft(MainOutput(states, columns, positions, real), kept)
+        if depths:
+            self.draft_steps.append((perf_counter() - start, gained))
+            self.drafting = self.drafts_pay()
+
+    def has_drafts(self) -> bool:
+        """Whether drafts stand behind the texts."""
+        return self.drafting and len(self.plain_steps) >= PLAIN_STEPS
+
+    def drafts_pay(self) -> bool:
+        """Whether the last steps with drafts took less time per token than plain ones."""
+        recent = self.draft_steps[-DRAFT_STEPS:]
+        if len(recent) < DRAFT_STEPS or not self.plain_steps:
+            return True
+        seconds, tokens = (sum(column) for column in zip(*recent, strict=True))
+        return seconds / tokens < statistics.median(seconds / tokens for seconds, tokens in self.plain_steps)
 
     def read(
         self,
@@ -271,32 +293,24 @@ class DraftDecoder:
             if streamer is not None:
                 streamer.put(self.texts[row, start:end].cpu())
 
-    def draft(
-        self,
-        states: torch.Tensor,
-        columns: torch.Tensor,
-        positions: torch.Tensor,
-        real: torch.Tensor,
-        last: torch.Tensor,
-    ) -> None:
+    def draft(self, output: MainOutput, last: torch.Tensor) -> None:
         """Lets the MTP layers read what the main model has read, and writes their drafts behind the texts.
 
         Args:
-            states: `final_states` of the tokens in `columns` [B, T], at `positions` [B, T], if they are `real` [B, T].
-            last: [B], index of every row's last real one.
+            last: [B], index of every row's last real token in the output.
         """
-        model, again = self.model.model, self.depths - 1
-        if self.tail is None:
-            nothing = columns[:, :1].expand(-1, again)
-            self.tail = Tail(states[:, :1].expand(-1, again, *states.shape[2:]), nothing, nothing, nothing < nothing)
-        states, columns, positions, real = (
-            torch.cat(both, 1) for both in zip(self.tail, (states, columns, positions, real), strict=True)
-        )
+        if not self.drafting or not self.alive.any():
+            return
+        self.unread.append(output)
+        if not self.has_drafts():
+            return
+        states, columns, positions, real = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+        last = last[:, None] + columns.shape[1] - output.columns.shape[1]
         rows = torch.arange(len(last), device=last.device)[:, None]
-        newest = last[:, None] + 1 + torch.arange(again, device=last.device)
-        self.tail = Tail(states[rows, newest], columns[rows, newest], positions[rows, newest], real[rows, newest])
+        again = last - torch.arange(self.depths - 2, -1, -1, device=last.device)  # [B, K - 1]
+        self.unread = [MainOutput(states[rows, again], columns[rows, again], positions[rows, again], real[rows, again])]
 
-        mask = self.drafts.extend(real)
+        model, mask = self.model.model, self.drafts.extend(real)
         inputs: dict | None = None
         self.draft_probabilities = []
         for depth, layer in enumerate(model.mtp_layers, start=1):
@@ -305,29 +319,17 @@ class DraftDecoder:
             if inputs is None:
                 inputs = model.layer_inputs(embeds, mask, positions, self.drafts.cache)
                 inputs.pop("position_ids")
-            output = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
-            states = output.states
-            hidden_states = output.hidden_states[rows, (last + again)[:, None]]
-            scores = self.scores(self.model.lm_head(hidden_states).float(), first=depth - 1)[:, 0]
+            guess = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
+            states = guess.states
+            scores = self.scores(self.model.lm_head(guess.hidden_states[rows, last]).float(), first=depth - 1)[:, 0]
             draft = scores.argmax(dim=-1)
             if self.samples:
                 self.draft_probabilities.append(scores.softmax(dim=-1))
                 draft = self.draft_probabilities[-1].multinomial(1)[:, 0]
             self.texts.scatter_(1, (self.lengths + depth - 1)[:, None], draft[:, None])
         refused = ~real
-        refused[rows, newest] = True
+        refused[rows, again] = True
         self.drafts.forget(refused)
-
-    def remember(self, drafted: int, kept: int) -> None:
-        """Counts drafts, and ends drafting where too few of the last ones were kept."""
-        self.figures["drafted_tokens"] += drafted
-        self.figures["accepted_tokens"] += kept
-        self.recent.append((drafted, kept))
-        while sum(drafted for drafted, _ in self.recent[1:]) >= REMEMBERED_DRAFTS:
-            self.recent.pop(0)
-        drafted, kept = (sum(column) for column in zip(*self.recent, strict=True))
-        if drafted >= REMEMBERED_DRAFTS and kept < WORTHWHILE_SHARE * drafted:
-            self.drafting = False
 
 
 def check_draft_decoding(config, generation_config, past_key_values: Cache | None, synced_gpus: bool) -> None:

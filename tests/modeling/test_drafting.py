@@ -50,8 +50,8 @@ def drafted(ours: FathomForCausalLM, ids: torch.Tensor, mask: torch.Tensor, **se
 
 @pytest.fixture(autouse=True)
 def always_drafts(monkeypatch):
-    """Random weights draft badly; the decoder would soon stop."""
-    monkeypatch.setattr(drafting, "WORTHWHILE_SHARE", 0.0)
+    """Whatever the clock says: models this small have little to gain."""
+    monkeypatch.setattr(drafting, "PLAIN_STEPS", 0)
 
 
 @pytest.mark.parametrize("rows", [1, 4], ids=["alone", "batch"])
@@ -140,14 +140,28 @@ def test_sampling_has_the_distribution_of_plain_sampling(generation, depths):
     assert statistic < limit, (statistic, limit)
 
 
-def test_drafting_ends_where_too_little_is_kept(monkeypatch):
-    monkeypatch.setattr(drafting, "WORTHWHILE_SHARE", 1.0)
-    monkeypatch.setattr(drafting, "REMEMBERED_DRAFTS", 8)
-    ours, (ids, mask) = drafter("v3", 1), prompts(1)
-    output = drafted(ours, ids, mask)
-    assert 8 <= output.drafted_tokens < 16
-    assert output.forwards == NEW - output.accepted_tokens
-    assert torch.equal(output.sequences, ours.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None))
+@pytest.mark.parametrize("rows", [1, 4], ids=["alone", "batch"])
+@pytest.mark.parametrize(("cost_of_a_draft", "pays"), [(0.0, True), (20.0, False)])
+def test_drafting_ends_where_it_takes_longer(monkeypatch, cost_of_a_draft, pays, rows):
+    """By a clock that a forward of the main model moves by 1 and by so much more for every draft that it reads."""
+    ours, (ids, mask), now = drafter("v3", 2), prompts(rows), [0.0]
+    embedded = ours.model.layers[0].register_forward_hook(
+        lambda layer, inputs, output: now.append(now[-1] + 1 + cost_of_a_draft * (inputs[0].shape[1] - 1))
+    )
+    monkeypatch.setattr(drafting, "PLAIN_STEPS", 3)
+    monkeypatch.setattr(drafting, "DRAFT_STEPS", 4)
+    monkeypatch.setattr(drafting, "perf_counter", lambda: now[-1])
+    try:
+        output = drafted(ours, ids, mask)
+    finally:
+        embedded.remove()
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(output.sequences, ours.generate(ids, attention_mask=mask, **settings))
+    if pays:
+        assert output.drafted_tokens > 4 * 2 * rows
+        assert output.forwards < NEW
+    else:
+        assert output.drafted_tokens == 4 * 2 * rows
 
 
 class Pieces(BaseStreamer):
