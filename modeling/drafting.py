@@ -277,6 +277,8 @@ class DraftDecoder:
         kept = agreed.long().cumprod(dim=1).sum(dim=1)
         at = kept[:, None, None].expand(-1, 1, p.shape[-1])
         rest = (p - q).clamp(min=0).gather(1, at)[:, 0]
+        # Where p and q differ by rounding alone, nothing may be left of it.
+        rest = torch.where(rest.any(dim=-1, keepdim=True), rest, p.gather(1, at)[:, 0])
         tokens = torch.cat((drafts, drafts.new_zeros(len(drafts), 1)), dim=1)
         return tokens.scatter(1, kept[:, None], rest.multinomial(1)), kept
 
