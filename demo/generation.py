@@ -126,6 +126,7 @@ def stream(
     prompt: Sequence[int],
     sampling: Sampling,
     stop: threading.Event | None = None,
+    draft: bool = False,
 ) -> Generator[Progress]:
     """Generates a continuation of `prompt` in a thread and yields it as it grows.
 
@@ -135,15 +136,18 @@ def stream(
         prompt: token ids, the model's whole input.
         sampling: how tokens are chosen, and how many at most.
         stop: set it from anywhere to end generation after the token in work. It is always set in the end.
+        draft: let the model's MTP layers draft.
 
     Yields:
         Progress: at least one; the last one, and only that one, has `finish`. Between them at most `TICK` seconds
             pass, with or without new text, so that the caller can be closed while a prompt is being read.
 
     Raises:
-        UserError: the prompt fills the context.
+        UserError: the prompt fills the context, or there are no MTP layers to draft.
         Exception: whatever `generate()` raised in its thread.
     """
+    if draft and not getattr(model.config, "num_nextn_predict_layers", 0):
+        raise UserError("the model has no MTP layers to draft with (num_nextn_predict_layers is 0); leave --draft out")
     context = model.config.max_position_embeddings
     room = context - len(prompt)
     if room < 1:
@@ -169,6 +173,7 @@ def stream(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), None),
                 stopping_criteria=[watch],
                 streamer=streamer,
+                use_mtp=draft or None,
                 **sampling.generate_kwargs(),
             )
         except Exception as error:

@@ -35,6 +35,7 @@ class GenerateOptions:
     raw: bool = field(default=False, metadata={"help": "Continue the prompt as plain text after BOS; the default."})
     system: str | None = field(default=None, metadata={"help": "System prompt, with --chat."})
     thinking: bool = field(default=False, metadata={"help": "Let the model reason before it answers, with --chat."})
+    draft: bool = field(default=False, metadata={"help": "Let the MTP layers draft: the same text in fewer steps."})
     seed: int | None = field(default=None, metadata={"help": "Makes sampling repeatable."})
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         set_seed(options.seed)
 
     written = 0
-    with closing(stream(loaded.model, loaded.tokenizer, prompt, sampling)) as replies:
+    with closing(stream(loaded.model, loaded.tokenizer, prompt, sampling, draft=options.draft)) as replies:
         for progress in replies:
             print(progress.text[written:], end="", flush=True)
             written = len(progress.text)

@@ -48,6 +48,19 @@ def test_a_seed_makes_sampling_repeatable(tiny_checkpoint: Path, capsys: Any) ->
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_drafts_do_not_change_the_text(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["the", "--max_new_tokens", "20", "--temperature", "0"]
+    texts = []
+    for options in ([], ["--draft"]):
+        assert main(["generate", str(tiny_checkpoint), *arguments, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert load_model(str(tiny_checkpoint)).config.num_nextn_predict_layers == 1
+
+    assert main(["generate", "random:classic", *arguments, "--draft"]) == 2
+    assert "no MTP layers" in capsys.readouterr().err
+
+
 def test_an_answer_clipped_by_the_context_says_so(tiny_checkpoint: Path, capsys: Any) -> None:
     tokenizer = load_tokenizer(str(tiny_checkpoint))
     prompt = tokenizer.decode([tokenizer.encode("q")[0]] * 125)  # with BOS, 126 of the context's 128
