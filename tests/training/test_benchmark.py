@@ -1,5 +1,6 @@
 """The benchmark's arithmetic by hand, and that it times nothing where contenders compute different things."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.training.benchmark import measuring
 from fathom.training.benchmark.contenders import Contender, Decoding, held_bytes, random_checkpoint, stock_checkpoint
+from fathom.training.benchmark.machine import commit_of
 from fathom.training.benchmark.measuring import Case, Disagreement, Plan, run_benchmark
 from fathom.training.errors import UserError
 
@@ -240,6 +242,24 @@ def test_a_text_too_short_is_repeated(pair):
     assert tokens.tolist() == [[7, 8, 9, 7], [8, 9, 7, 8]]
 
 
+def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
+    assert commit_of(tmp_path) is None
+    (tmp_path / "inside").mkdir()
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "x")
+    commit = git("rev-parse", "HEAD")
+    assert commit_of(tmp_path) == commit[:12]
+    assert commit_of(tmp_path / "inside") is None
+    (tmp_path / "changed").touch()
+    assert commit_of(tmp_path) == commit[:12] + "+"
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -259,5 +279,5 @@ def test_impossible_plans(wrong, says):
 
 
 def test_texts_longer_than_the_model_reads(pair):
-    with pytest.raises(UserError, match="made for 128 tokens, and the longest text of this plan has 214"):
-        rows(replace(TINY, contexts=[200]), pair)
+    with pytest.raises(UserError, match="was made for 128 tokens, and the longest text of this plan has 214"):
+        replace(TINY, checkpoint=str(pair["fathom"]), contexts=[200])

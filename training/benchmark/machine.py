@@ -34,7 +34,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "fathom": __version__,
-        "commit": _commit(Path(__file__).parent),
+        "commit": commit_of(Path(__file__).parents[2]),
     }
 
 
@@ -88,13 +88,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit(folder: Path) -> str | None:
-    """The commit of the checkout that `folder` is in, with `+` behind it if files were changed; None without one."""
+def commit_of(root: Path) -> str | None:
+    """The commit of the checkout at `root`, with `+` behind it if files were changed; None if it is none.
+
+    A folder in a checkout is not one: the package may be installed inside another project's.
+    """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -60,7 +59,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "train": ("stock", "fathom", "reference"),
     "memory": ("stock", "fathom", "reference"),
 }
-# Tokens before the steps that are compared in fp32, and number of compared steps, there and before decoding is timed.
+# Tokens of the text that is compared in fp32, and how many of its last ones, as also before decoding is timed.
 COMPARED_CONTEXT, COMPARED_STEPS = 256, 8
 # How far apart two contenders' logits may be, relative to their spread, for the median token. Where two experts or two
 # keys have almost the same score, rounding decides which is chosen: in fp32 for a rare token, in bf16 for most, so that
@@ -130,9 +129,15 @@ class Plan:
             raise UserError("random weights accept no drafts; measure `draft` on a trained model, with --model")
         if self.checkpoint is not None:
             check_checkpoint(Path(self.checkpoint), (MODEL_TYPE, *UNSAID))
-            layers = FathomConfig.from_pretrained(self.checkpoint).num_nextn_predict_layers
-            if "draft" in self.contenders and not layers:
+            config = FathomConfig.from_pretrained(self.checkpoint)
+            if "draft" in self.contenders and not config.num_nextn_predict_layers:
                 raise UserError(f"{self.checkpoint} has no MTP layers to draft with; leave `draft` out of --contenders")
+            if self.longest > config.max_position_embeddings:
+                raise UserError(
+                    f"{self.checkpoint} was made for {config.max_position_embeddings} tokens, and the longest text of "
+                    f"this plan has {self.longest}; choose shorter --contexts and --prefills, or fewer --rounds and "
+                    f"--steps"
+                )
 
     @property
     def longest(self) -> int:
@@ -185,8 +190,8 @@ def run_benchmark(plan: Plan, text: torch.Tensor | None = None, say: Callable[[s
         "rows": [],
     }
     for name in [plan.checkpoint] if plan.checkpoint is not None else plan.generations:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom-bench-")))
+        with tempfile.TemporaryDirectory(prefix="fathom-bench-") as temporary:
+            folder = Path(temporary)
             source = folder / "fathom" if plan.checkpoint is None else Path(plan.checkpoint)
             if plan.checkpoint is None:
                 random_checkpoint(source, name, plan.size, max_position_embeddings=plan.longest + COMPARED_STEPS)
@@ -224,7 +229,6 @@ def measure_model(
                 continue
             in_memory = torch.float32 if kind == "train" else DTYPES[dtype]
             models = [Contender(each, folders[each], in_memory, device, experts.get(each)) for each in taking_part]
-            check_length(models, plan)
             contexts = plan.contexts if kind in ("decode", "generate") else plan.prefills
             for batch, context in product(plan.batch_sizes, contexts):
                 case = Case(name, kind, dtype, batch, context)
@@ -239,8 +243,7 @@ def check_in_fp32(
     if len(eager) < 2:
         return
     contenders = [Contender(each, folders[each], torch.float32, device) for each in eager]
-    check_length(contenders, plan)
-    context = min(COMPARED_CONTEXT, plan.longest)
+    context = max(min(COMPARED_CONTEXT, plan.longest) - COMPARED_STEPS, 1)
     case = Case(name, "decode", "fp32", 1, context)
     tokens = tokens_of(case, context + COMPARED_STEPS, contenders, text)
     with torch.inference_mode():
@@ -251,15 +254,6 @@ def compare_steps(case: Case, texts: Mapping[str, Decoding]) -> float:
     """Reads `COMPARED_STEPS` tokens by every contender; what `agree` says of them."""
     steps = range(COMPARED_STEPS)
     return agree(case, {name: torch.stack([each.step() for _ in steps], dim=1) for name, each in texts.items()})
-
-
-def check_length(contenders: Sequence[Contender], plan: Plan) -> None:
-    limit = contenders[0].model.config.max_position_embeddings
-    if plan.longest > limit:
-        raise UserError(
-            f"the model was made for {limit} tokens, and the longest text of this plan has {plan.longest}; choose "
-            f"shorter --contexts and --prefills, or fewer --rounds and --steps"
-        )
 
 
 def tokens_of(case: Case, length: int, contenders: Sequence[Contender], text: torch.Tensor | None) -> torch.Tensor:
