@@ -2,6 +2,7 @@
 #
 #   make demo    trains on this machine's own text and opens the chat; the second time it opens at once
 #   make test    runs the tests; `make lint` the style and the types; `make upstream` transformers' own tests of models
+#   make bench   measures this machine, side by side with transformers' own classes
 #
 # The virtual environment is .venv, made by uv where it is installed, else by venv and pip (`make demo UV=` asks
 # for pip). It is installed again only when pyproject.toml has changed. TORCH chooses the torch that is installed first:
@@ -26,16 +27,20 @@ make_venv = $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet "p
 install = $(BIN)/python -m pip install
 endif
 
-.PHONY: help demo test upstream lint
+.PHONY: help demo test upstream lint bench
 
 help:
 	@echo "make demo   train on this machine's own text, then chat at http://127.0.0.1:7860"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
+	@echo "make bench  measure speed and memory beside transformers' own classes"
 	@echo "make upstream   run transformers' own tests of models on Fathom's"
 
 demo: $(VENV)/.installed
 	$(BIN)/fathom quickstart
+
+bench: $(VENV)/.installed
+	$(BIN)/fathom bench
 
 # One torch thread per worker: more would fight over the cores that the workers already fill.
 test: $(VENV)/.installed-dev

@@ -1,0 +1,1 @@
+"""What `fathom bench` writes of its measurements: JSON, a table, pictures."""
