@@ -250,8 +250,8 @@ def draft_acceptance(model: FathomForCausalLM, batch: dict[str, torch.Tensor]) -
     ids, positions = batch["input_ids"], batch["position_ids"]
     outputs = model.model(input_ids=ids, position_ids=positions, use_cache=False)
     embeds = model.model.embed_tokens(ids)
-    drafts = model.draft(outputs.final_states, embeds, None, positions, batch["labels"], input_ids=ids)
-    draft, targets = drafts[0]
+    drafts = model.drafts(outputs.final_states, embeds, None, positions, batch["labels"], input_ids=ids)
+    draft, targets = next(drafts)
     guesses = model.lm_head(draft.hidden_states).argmax(dim=-1)
     own = model.lm_head(outputs.last_hidden_state).argmax(dim=-1).roll(-1, dims=1)
     return (guesses == own)[targets != IGNORED].float().mean().item()

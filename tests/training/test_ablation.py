@@ -108,7 +108,7 @@ def test_a_draft_is_accepted_where_it_is_the_models_own_next_choice():
     stub = SimpleNamespace(
         eval=lambda: None,
         model=base,
-        draft=lambda *_, **__: [(SimpleNamespace(hidden_states=one_hot(drafts)), targets)],
+        drafts=lambda *_, **__: iter([(SimpleNamespace(hidden_states=one_hot(drafts)), targets)]),
         lm_head=torch.nn.Identity(),
     )
     batch = dict.fromkeys(("input_ids", "position_ids", "labels"))

@@ -75,9 +75,12 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+NAMES_OF_BIASES = ("e_score_correction_bias", "gate.bias")  # the second in files of V4
+
+
 def biases(folder: Path) -> torch.Tensor:
     loaded = load_file(folder / "model.safetensors")
-    return torch.stack([loaded[name] for name in sorted(loaded) if name.endswith("e_score_correction_bias")])
+    return torch.stack([loaded[name] for name in sorted(loaded) if name.endswith(NAMES_OF_BIASES)])
 
 
 @pytest.fixture(scope="module")
