@@ -24,7 +24,8 @@ Blocks are counted from the beginning of every document. Where tokens and entrie
 (`compressed_cache`).
 
 `eager` attention is the definition. `sdpa` runs PyTorch's fused kernels (`sdpa_with_sinks`), a part of a long text at a
-time. Flash and flex attention take neither sinks nor places, and transformers refuses them.
+time; for a single query, the definition over the window and the chosen entries alone. Flash and flex attention take
+neither sinks nor places, and transformers refuses them.
 
 Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H heads, D head width, P rotary width.
 """
@@ -39,7 +40,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
-from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer
+from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
 from .indexing import (
     TrainableIndexer,
     best_of,
@@ -296,25 +297,26 @@ class SlidingWindowAttention(FathomAttention):
 
         layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
-        after = torch.full_like(places[:, :1], NOWHERE)
         if layer is not None:
-            after = after if layer.last_places is None else layer.last_places.unsqueeze(1)
             streams = layer.append_tokens(**streams)
         keys = streams["window"]  # [B, S, D]
         key_places = streams["places"][:, -keys.shape[1] :]
         entries, chosen = keys[:, :0], places.new_zeros((*places.shape, 0), dtype=torch.bool)
         report = None
         if self.compressor is not None:
-            all_entries = self.entries(streams, after, layer)
+            all_entries = self.entries(streams, places, layer)
             entries = all_entries["compressor"]
             visible = self.visible_entries(places, all_entries["places"])
             # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
             with torch.set_grad_enabled(report_indexer and torch.is_grad_enabled()):
-                chosen, scores = self.choose(hidden_states, q_latent, all_entries, visible, rotation)
+                scores = self.scores(hidden_states, q_latent, all_entries, rotation, report_indexer)
+            chosen = visible if scores is None else self.choose(scores, visible)
             if report_indexer and scores is not None and self.compressor.indexer.has_report():
                 report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
             if self.index_dense:
                 chosen = visible
+            elif scores is not None and self.reads_one_query(query):
+                entries, chosen = only_chosen(entries, chosen, self.compressor.indexer.index_topk)
         if past_key_values is not None:
             past_key_values.release(self.layer_idx)
 
@@ -351,9 +353,17 @@ class SlidingWindowAttention(FathomAttention):
         """
         distance = places.unsqueeze(2) - key_places.unsqueeze(1)
         visible = torch.cat(((distance >= 0) & (distance < self.window), chosen), dim=2)  # [B, T, S + N]
-        attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
         dropout = self.attention_dropout if self.training else 0.0
-        return attend(query, torch.cat((keys, entries), dim=1), visible, self.sinks, self.scaling, dropout)
+        both = torch.cat((keys, entries), dim=1)
+        if self.reads_one_query(query):
+            # By the definition, in two small products: no copy of the keys is needed to put the sink in.
+            return eager_with_sinks(query, both, visible, self.sinks, self.scaling, dropout)[0], None
+        attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
+        return attend(query, both, visible, self.sinks, self.scaling, dropout)
+
+    def reads_one_query(self, query: torch.Tensor) -> bool:
+        """Whether this is a step of decoding, of which no weights are asked."""
+        return self.config._attn_implementation == "sdpa" and query.shape[2] == 1
 
     def parts_pay(self, query: torch.Tensor) -> bool:
         """Whether a text is so long that it is read in parts. `eager` is the definition, and has all weights at once.
@@ -388,9 +398,20 @@ class SlidingWindowAttention(FathomAttention):
         return {} if self.compressor is None else {"compressor": self.compressor}
 
     def entries(
-        self, streams: dict[str, torch.Tensor], after: torch.Tensor, layer: CompressedCacheLayer | None
+        self, streams: dict[str, torch.Tensor], places: torch.Tensor, layer: CompressedCacheLayer | None
     ) -> dict[str, torch.Tensor]:
-        """All entries so far, by compressor [B, N, D], and their `places` [B, N]."""
+        """All entries so far, by compressor [B, N, D], and their `places` [B, N].
+
+        Args:
+            streams: [B, S, ...], what the new tokens and those before contribute, and the `places` of all of them.
+            places: [B, T], of the new tokens.
+            layer: what has the entries of the tokens before.
+        """
+        # Most steps of decoding complete no block.
+        if layer is not None and not layer.gains_entries(places, self.compressors()["compressor"].block):
+            return layer.entries
+        past = streams["places"][:, : -places.shape[1]]
+        after = F.pad(past, (1, 0), value=NOWHERE).amax(dim=1, keepdim=True)
         new: dict[str, torch.Tensor] = {}
         for name, compressor in self.compressors().items():
             contributions = streams[name]
@@ -409,16 +430,20 @@ class SlidingWindowAttention(FathomAttention):
         # A padding token stands NOWHERE as well; it must not see the gaps, whose number depends on other rows.
         return (entry <= query) & (entry >= query - query % DOCUMENT) & (entry != NOWHERE)
 
-    def choose(
+    def scores(
         self,
         hidden_states: torch.Tensor,
         q_latent: torch.Tensor,
         entries: dict[str, torch.Tensor],
-        visible: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the visible entries [B, T, N] a query reads: here all. And the scores that say so, if any do."""
-        return visible, None
+        report_indexer: bool,
+    ) -> torch.Tensor | None:
+        """What the entries are chosen by, [B, T, N]; None if all visible ones are read."""
+        return None
+
+    def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Which of the visible entries [B, T, N] a query reads."""
+        raise NotImplementedError("a layer that scores entries chooses among them")
 
 
 class HeavilyCompressedAttention(SlidingWindowAttention):
@@ -439,12 +464,17 @@ class CompressedSparseAttention(SlidingWindowAttention):
     def compressors(self) -> dict[str, Compressor]:
         return {"compressor": self.compressor, "indexer": self.compressor.indexer}
 
-    def choose(self, hidden_states, q_latent, entries, visible, rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best of them by the indexer."""
+    def scores(self, hidden_states, q_latent, entries, rotation, report_indexer) -> torch.Tensor | None:
+        """The indexer's, unless all visible entries are read anyway and nobody asks."""
         indexer = self.compressor.indexer
-        scores = indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
-        best = best_of(scores.detach().masked_fill(~visible, float("-inf")), indexer.index_topk)
-        return best & visible, scores
+        all_are_read = self.index_dense or entries["indexer"].shape[1] <= indexer.index_topk
+        if all_are_read and not report_indexer:
+            return None
+        return indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
+
+    def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        scores = scores.detach().masked_fill(~visible, float("-inf"))
+        return best_of(scores, self.compressor.indexer.index_topk) & visible
 
     def report(
         self,
@@ -476,6 +506,16 @@ def reach(places: torch.Tensor, key_places: torch.Tensor, window: int) -> slice:
     near = (key_places > oldest - window) & (key_places <= newest) & (key_places != NOWHERE)  # [B, S]
     indices = near.any(dim=0).nonzero().flatten().tolist()
     return slice(indices[0], indices[-1] + 1) if indices else slice(0)
+
+
+def only_chosen(entries: torch.Tensor, chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries [B, N, D] that a single query reads, at most `most` of them as `chosen` [B, 1, N] says; in any order.
+
+    Returns:
+        Entries [B, M, D], M = `most` if there are so many, and which of them were chosen [B, 1, M].
+    """
+    chosen, order = chosen.squeeze(1).byte().topk(min(most, chosen.shape[-1]), sorted=False)
+    return take_rows(entries, order), chosen.bool().unsqueeze(1)
 
 
 def eager_with_sinks(
@@ -526,18 +566,15 @@ def sdpa_with_sinks(
     sink_key = (torch.arange(width + added, device=keys.device) == width).to(keys.dtype).expand(len(keys), 1, -1)
     keys = torch.cat((F.pad(keys, (0, added)), sink_key), dim=1).unsqueeze(1)  # [B, 1, S + 1, D']
     visible = F.pad(visible, (0, 1), value=True).unsqueeze(1)  # [B, 1, T, S + 1]
-    # The heads of a single query stand in line as if they were queries: the keys they share are then read once.
-    single = query.shape[2] == 1
-    query = query.transpose(1, 2) if single else query
     keys = keys.expand(-1, query.shape[1], -1, -1)
     output = F.scaled_dot_product_attention(query, keys, keys, attn_mask=visible, dropout_p=dropout, scale=scaling)
-    return (output.transpose(1, 2) if single else output)[..., :width], None
+    return output[..., :width], None
 
 
 def rotate_end(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2]."""
     still, turned = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-    turned = apply_rotary(turned.float(), cos.float(), sin.float(), interleaved=True)
+    turned = apply_rotary(turned.float(), cos, sin, interleaved=True)
     return torch.cat((still, turned.to(x.dtype)), dim=-1)
 
 

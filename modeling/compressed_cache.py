@@ -42,6 +42,7 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.length: int | torch.Tensor = 0
         self.tokens: dict[str, torch.Tensor] = {}  # [B, S, ...] of the newest S tokens; S differs, see `needed`
         self.entries: dict[str, torch.Tensor] = {}  # [B, N, ...]
+        self.padded = False  # whether there may be padding among the tokens
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -58,6 +59,7 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.is_initialized = False
         self.length = 0
         self.tokens, self.entries = {}, {}
+        self.padded = False
 
     def needed(self, name: str) -> int:
         """How many of the newest tokens of a stream the next token may need."""
@@ -81,6 +83,7 @@ class CompressedCacheLayer(FathomCacheLayer):
         new_tokens = streams["places"].shape[1]
         self.length += new_tokens
         self.tokens = joined
+        self.padded = self.padded or int(streams["places"].min()) == NOWHERE
         if not self.record_past:
             self._forget()
         return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
@@ -89,17 +92,15 @@ class CompressedCacheLayer(FathomCacheLayer):
         """Number of blocks to make room for, if it may not depend on where `tokens` tokens stand."""
         return None
 
+    def gains_entries(self, places: torch.Tensor, block: int) -> bool:
+        """Whether any new token, at `places` [B, T], completes a block; also at first, when there is no entry yet."""
+        return not self.entries or bool((places % DOCUMENT % block == block - 1).any())
+
     def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
         """Adds entries [B, M, D] that stand at `places` [B, M], and returns all of them [B, N, D].
 
         Entries that stand NOWHERE are left out, row by row; rows that have fewer than others are filled at the end.
         """
-        if self.entries and not (entries["places"] != NOWHERE).any():
-            return self.entries
-        return self._pack(entries)
-
-    def _pack(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Puts entries behind the ones there are, without gaps."""
         if self.entries:
             entries = {name: torch.cat((self.entries[name], new), 1) for name, new in entries.items()}
         # A stable sort moves the gaps of every row to its end and keeps the order of the entries.
@@ -113,7 +114,7 @@ class CompressedCacheLayer(FathomCacheLayer):
             return
         places = self.tokens["places"]
         # To drop it before tokens, padding behind real ones has to be found.
-        if ((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any():
+        if self.padded and ((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any():
             self.tokens = padding_first(self.tokens)
         self.tokens = {name: newest(rows, self.needed(name)) for name, rows in self.tokens.items()}
 
@@ -133,6 +134,7 @@ class CompressedCacheLayer(FathomCacheLayer):
 
     def hide(self, hidden: torch.Tensor) -> None:
         """As in `FathomCacheLayer`; also gone are entries that hidden tokens completed."""
+        self.padded = True
         places = self.tokens["places"]
         older = hidden.new_zeros(len(places), places.shape[1] - hidden.shape[1])
         self.tokens["places"] = places.masked_fill(torch.cat((older, hidden), dim=1), NOWHERE)
@@ -151,7 +153,7 @@ class CompressedCacheLayer(FathomCacheLayer):
     def _remove_premature_entries(self) -> None:
         if self.entries:
             self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
-            self._pack({name: rows[:, :0] for name, rows in self.entries.items()})
+            self.append_entries(**{name: rows[:, :0] for name, rows in self.entries.items()})
 
     def _premature_entries(self) -> torch.Tensor:
         """[B, N], True for entries that were completed by tokens which are no longer there."""
@@ -233,6 +235,9 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
     def room(self, name: str) -> int:
         """Number of rows of a stream."""
         return self.max_cache_len if self.record_past else min(self.needed(name), self.max_cache_len)
+
+    def gains_entries(self, places: torch.Tensor, block: int) -> bool:
+        return True  # in a compiled graph, no branch depends on places
 
     def most_blocks(self, tokens: int, block: int) -> int | None:
         return (tokens + block - 2) // block + 1

@@ -55,19 +55,18 @@ class HyperConnection(nn.Module):
         # Autocast would compute the weights in bf16; they steer every layer's residual, so they stay in fp32.
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.fn, self.norm_eps)  # [B, T, (2 + n) n]
-            pre, post, residual = logits.split([n, n, n * n], dim=-1)
-            base_pre, base_post, base_residual = self.base.float().split([n, n, n * n])
-            scale_pre, scale_post, scale_residual = self.scale.float()
-            pre = torch.sigmoid(pre * scale_pre + base_pre) + self.hc_eps
-            post = 2 * torch.sigmoid(post * scale_post + base_post)
-            residual = (residual * scale_residual + base_residual).unflatten(-1, (n, n))
-            residual = sinkhorn(residual, self.sinkhorn_iters, self.hc_eps)
+            parts = [n, n, n * n]
+            each = zip(self.base.float().split(parts), logits.split(parts, dim=-1), self.scale.float(), strict=True)
+            pre, post, residual = (torch.addcmul(base, part, scale) for base, part, scale in each)
+            pre = torch.sigmoid(pre) + self.hc_eps
+            post = 2 * torch.sigmoid(post)
+            residual = sinkhorn(residual.unflatten(-1, (n, n)), self.sinkhorn_iters, self.hc_eps)
         return sum_streams(streams, pre), StreamMixing(post, residual)
 
     def write(self, streams: torch.Tensor, output: torch.Tensor, mixing: StreamMixing) -> torch.Tensor:
         """Streams [B, T, n, d] and the sub-layer's output [B, T, d] -> streams [B, T, n, d]."""
         post, residual = mixing.post.to(streams.dtype), mixing.residual.to(streams.dtype)
-        return post.unsqueeze(-1) * output.unsqueeze(-2) + residual.transpose(-1, -2) @ streams
+        return torch.addcmul(residual.mT @ streams, post.unsqueeze(-1), output.unsqueeze(-2))
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -137,10 +136,17 @@ def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
     """Sinkhorn-Knopp: [..., n, n] logits -> non-negative matrices whose rows and columns nearly sum to 1.
 
     The softmax is the first step on the rows; every iteration ends on the columns, whose sums are exact up to eps.
+
+    A step divides every row by its sum plus eps, or every column. All of them together leave `M_ij = K_ij / (r_i c_j)`
+    of the matrix K that they begin with, so that only the divisors r and c need to be followed. A step on the rows
+    multiplies r_i by `sum_j K_ij / (r_i c_j) + eps`, that is, `r <- K (1 / c) + eps r`; one on the columns likewise.
     """
     matrix = logits.softmax(dim=-1) + eps
-    matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
+    by_row = matrix.reshape(-1, *matrix.shape[-2:])  # as one batch
+    by_column = by_row.mT
+    rows = torch.ones_like(by_row[..., :1])
+    columns = torch.baddbmm(rows, by_column, rows, beta=eps)
     for _ in range(iterations - 1):
-        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
-    return matrix
+        rows = torch.baddbmm(rows, by_row, columns.reciprocal(), beta=eps)
+        columns = torch.baddbmm(columns, by_column, rows.reciprocal(), beta=eps)
+    return (by_row / (rows * columns.mT)).view_as(matrix)

@@ -128,3 +128,19 @@ def test_cast_to_bf16():
     logits = model.to(torch.bfloat16)(tokens).logits
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_sinkhorn_by_its_steps(spread):
+    """Every step carried out on the matrix itself, eps included; large logits leave columns that are hardly more."""
+    torch.manual_seed(0)
+    logits = (spread * torch.randn(2, 7, 4, 4, dtype=torch.double)).requires_grad_()
+    matrix = logits.softmax(dim=-1) + EPS
+    for step in range(9):
+        matrix = matrix / (matrix.sum(dim=-1 if step % 2 else -2, keepdim=True) + EPS)
+    result, upstream = sinkhorn(logits, 5, EPS), torch.randn_like(matrix)
+    torch.testing.assert_close(result, matrix, rtol=1e-10, atol=0)
+    torch.testing.assert_close(sinkhorn(logits[0, 0], 5, EPS), result[0, 0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(sinkhorn(logits.float(), 5, EPS).double(), matrix, rtol=1e-5, atol=1e-6)
+    (gradient,), (expected,) = (torch.autograd.grad(each, logits, upstream) for each in (result, matrix))
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)

@@ -178,6 +178,49 @@ def test_parts_of_a_chunk_over_a_cache(monkeypatch):
 
 
 @torch.no_grad()
+def test_decoding_reads_the_window_and_the_chosen_entries(monkeypatch):
+    """Token by token and by few keys, the logits of the definition over the whole text; one row is padded."""
+    ours, ids = model(), tokens(2, 60)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :9] = 0
+    expected = model("eager")(ids, attention_mask=mask, use_cache=False).logits[:, 40:]
+    cache = ours(ids[:, :40], attention_mask=mask[:, :40], use_cache=True).past_key_values
+    read, attend = [], eager_with_sinks
+
+    def spy(query, keys, *options):
+        read.append(keys.shape[1])
+        return attend(query, keys, *options)
+
+    monkeypatch.setattr(compressed_attention, "eager_with_sinks", spy)
+    for t in range(40, 60):
+        logits = ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, t - 40], atol=1e-4, rtol=0)
+    window, top_k, block = 7, 4, 12
+    assert read[0::3] == [window] * 20
+    assert read[1::3] == [window + top_k] * 20
+    assert read[2::3] == [window + (t + 1) // block for t in range(40, 60)]
+
+
+@torch.no_grad()
+def test_entries_are_made_by_tokens_that_complete_a_block(monkeypatch):
+    """Two rows whose blocks of 4 end two tokens apart; other tokens make none."""
+    ours, ids = model(token_mixers="csa", num_hidden_layers=1, num_nextn_predict_layers=0), tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :2] = 0
+    cache = ours(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+    made, make = [], compressed_attention.Compressor.forward
+
+    def spy(compressor, *inputs):
+        made.append(t)
+        return make(compressor, *inputs)
+
+    monkeypatch.setattr(compressed_attention.Compressor, "forward", spy)
+    for t in range(16, 30):
+        ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
+    assert sorted(set(made)) == [17, 19, 21, 23, 25, 27, 29]
+
+
+@torch.no_grad()
 def test_a_long_text_needs_no_square(monkeypatch):
     """Every part reads its window and no more; only entries, a twelfth as many as tokens, are read by all."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 16)
