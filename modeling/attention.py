@@ -190,8 +190,8 @@ class MultiHeadLatentAttention(FathomAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
-        q_nope, q_pe = self.queries(self.query_latent(hidden_states), position_embeddings)
-        latents = self.latents(hidden_states, position_embeddings)
+        q_latent = self.query_latent(hidden_states)
+        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
         if past_key_values is not None:
             # They are all that is kept: the layer's values are empty.
             latents, _ = past_key_values.update(latents, latents[..., :0], self.layer_idx)
@@ -202,26 +202,29 @@ class MultiHeadLatentAttention(FathomAttention):
         """[B, T, d] -> what queries are expanded from: the normed latent [B, T, Q], or without one the input itself."""
         return self.q_a_layernorm(self.q_a_proj(hidden_states)) if self.compresses_queries else hidden_states
 
-    def queries(
-        self, q_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`query_latent` -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
+    def queries_and_latents(
+        self,
+        q_latent: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attends and what is attended to.
+
+        Args:
+            q_latent: see `query_latent`. hidden_states: [B, T, d].
+
+        Returns:
+            The unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries; and what is cached, latent
+            and rotary key side by side [B, 1, T, R + P]. (Transformers' cache layers want the dimension of 1.)
+        """
         query = self.q_b_proj(q_latent) if self.compresses_queries else self.q_proj(q_latent)
         query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave)
-
-    def latents(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """[B, T, d] -> what is cached, [B, 1, T, R + P]: latent and shared rotary key, side by side.
-
-        The head dimension of 1 is there so that transformers' cache layers can hold them.
-        """
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        latent, k_pe = self.split_latents(compressed)
-        k_pe = apply_rotary(k_pe, *position_embeddings, interleaved=self.rope_interleave)
-        return torch.cat((self.kv_a_layernorm(latent), k_pe), dim=-1)
+        latent, k_pe = self.split_latents(self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1))
+        # The key is rotated as one more head: a rotation is many small operations.
+        rotated = apply_rotary(torch.cat((q_pe, k_pe), dim=1), *position_embeddings, interleaved=self.rope_interleave)
+        q_pe, k_pe = rotated.split([self.num_heads, 1], dim=1)
+        return q_nope, q_pe, torch.cat((self.kv_a_layernorm(latent), k_pe), dim=-1)
 
     def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""

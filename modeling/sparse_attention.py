@@ -103,8 +103,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]. With `report_indexer` the output has the indexer's report."""
         q_latent = self.query_latent(hidden_states)
-        q_nope, q_pe = self.queries(q_latent, position_embeddings)
-        latents = self.latents(hidden_states, position_embeddings)
+        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
         reports = report_indexer and self.indexer.has_report()
         # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
         learns = reports and torch.is_grad_enabled()
