@@ -190,54 +190,63 @@ class MultiHeadLatentAttention(FathomAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
-        q_nope, q_pe = self.queries(self.query_latent(hidden_states), position_embeddings)
-        latent, k_pe = self.latents(hidden_states, position_embeddings)
+        q_latent = self.query_latent(hidden_states)
+        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
         if past_key_values is not None:
-            latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
-        output, weights = self.attend_latents(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+            # They are all that is kept: the layer's values are empty.
+            latents, _ = past_key_values.update(latents, latents[..., :0], self.layer_idx)
+        output, weights = self.attend_latents(q_nope, q_pe, latents, attention_mask, **kwargs)
         return MixerOutput(self.o_proj(output), weights)
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, d] -> what queries are expanded from: the normed latent [B, T, Q], or without one the input itself."""
         return self.q_a_layernorm(self.q_a_proj(hidden_states)) if self.compresses_queries else hidden_states
 
-    def queries(
-        self, q_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`query_latent` -> the unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries."""
+    def queries_and_latents(
+        self,
+        q_latent: torch.Tensor,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attends and what is attended to.
+
+        Args:
+            q_latent: see `query_latent`. hidden_states: [B, T, d].
+
+        Returns:
+            The unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries; and what is cached, latent
+            and rotary key side by side [B, 1, T, R + P]. (Transformers' cache layers want the dimension of 1.)
+        """
         query = self.q_b_proj(q_latent) if self.compresses_queries else self.q_proj(q_latent)
         query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave)
+        latent, k_pe = self.split_latents(self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1))
+        # The key is rotated as one more head: a rotation is many small operations.
+        rotated = apply_rotary(torch.cat((q_pe, k_pe), dim=1), *position_embeddings, interleaved=self.rope_interleave)
+        q_pe, k_pe = rotated.split([self.num_heads, 1], dim=1)
+        return q_nope, q_pe, torch.cat((self.kv_a_layernorm(latent), k_pe), dim=-1)
 
-    def latents(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, d] -> what is cached: latent [B, 1, T, R] and shared rotary key [B, 1, T, P].
-
-        The head dimension of 1 is there so that transformers' cache layers can hold them.
-        """
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        latent, k_pe = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), apply_rotary(k_pe, *position_embeddings, interleaved=self.rope_interleave)
+    def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""
+        return latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
     def attend_latents(
-        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+        self, q_nope, q_pe, latents, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention in the cheaper of the two ways below. Returns [B, T, H * D_v] and weights."""
         # Without a mask several queries are causal (the prompt of a static cache), which SDPA knows and absorbing not.
         masked = attention_mask is not None or q_nope.shape[2] == 1
-        absorbs = masked and self.absorbing_pays(q_nope, latent) and self.knows_expansion()
+        absorbs = masked and self.absorbing_pays(q_nope, latents) and self.knows_expansion()
         attend = self.absorbed_attention if absorbs else self.expanded_attention
-        return attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+        return attend(q_nope, q_pe, latents, attention_mask, **kwargs)
 
-    def absorbing_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
+    def absorbing_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether attention over the latents needs fewer multiplications than expanding them first.
 
         Per key token and head, expanding costs R (D + D_v) once; a query costs 2 R + P absorbed and D + P + D_v
         expanded. Only eager and SDPA masks are understood by the absorbed path, and a training step expands.
         """
-        new_tokens, all_tokens = q_nope.shape[2], latent.shape[2]
+        new_tokens, all_tokens = q_nope.shape[2], latents.shape[2]
         if new_tokens == all_tokens or self.config._attn_implementation not in ("eager", "sdpa"):
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
@@ -252,11 +261,11 @@ class MultiHeadLatentAttention(FathomAttention):
         return type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
 
     def expanded_attention(
-        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+        self, q_nope, q_pe, latents, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""
         query = torch.cat((q_nope, q_pe), dim=-1)  # [B, H, T, D + P]
-        key, value = self.expand(latent, k_pe)
+        key, value = self.expand(latents)
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
         if self.config._attn_implementation != "sdpa" or padding <= 0:
@@ -264,25 +273,26 @@ class MultiHeadLatentAttention(FathomAttention):
         output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
         return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
 
-    def expand(self, latent: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is cached, [B, 1, S, R] and [B, 1, S, P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
+    def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
+        latent, k_pe = self.split_latents(latents)
         batch, _, key_tokens, _ = latent.shape
         expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
-    def absorbed_attention(
-        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def absorbed_attention(self, q_nope, q_pe, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
         w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )  # [H, D, R], [H, D_v, R]
-        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1)  # [B, H, T, R + P]
-        key = torch.cat((latent, k_pe), dim=-1)  # [B, 1, S, R + P], the same for all heads
-        # One product per sequence, with heads and queries side by side, instead of one per head.
-        scores = query.flatten(1, 2) @ key.squeeze(1).transpose(-1, -2) * self.scaling  # [B, H T, S]
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1) * self.scaling  # [B, H, T, R + P]
+        latents = latents.squeeze(1)  # the same for all heads
+        # One product per sequence, with heads and queries side by side, instead of one per head. With the long side
+        # first it is many times faster in bf16 on a CPU.
+        scores = (latents @ query.flatten(1, 2).transpose(-1, -2)).transpose(-1, -2)  # [B, H T, S]
         weights = masked_softmax(scores.unflatten(1, q_nope.shape[1:3]), attention_mask).to(query.dtype)
-        output = (weights.flatten(1, 2) @ latent.squeeze(1)).unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
+        output = weights.flatten(1, 2) @ latents[..., : self.kv_lora_rank]  # [B, H T, R]
+        output = output.unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
         output = output @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
         return output.transpose(1, 2).flatten(2), weights

@@ -36,7 +36,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
-from .precision import KeepsFloat32Buffers
+from .precision import KeepsFloat32Buffers, float32_linear
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -68,9 +68,8 @@ class ExpertRouter(KeepsFloat32Buffers):
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [N, d] and their ids [N] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
-        # Autocast would compute the product in bf16, and near ties would be routed by rounding.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())  # [N, E]
+        # In bf16 near ties would be routed by rounding.
+        logits = float32_linear(hidden_states, self.weight)  # [N, E]
         scores = self.affinities(logits)
         indices = self.choose(scores, input_ids)
         weights = scores.gather(1, indices)
@@ -224,6 +223,8 @@ def sorted_mm_experts_forward(
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
     if experts._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    if not torch.is_grad_enabled() and 2 * indices.numel() <= experts.num_experts:
+        return _experts_one_by_one(experts, hidden_states, indices, weights)
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     order = indices.flatten().argsort()  # [N K], slots by expert
@@ -239,6 +240,19 @@ def sorted_mm_experts_forward(
             inner = experts._apply_gate(F.linear(grouped[expert], gate_ups[expert]))
             outputs.append(F.linear(inner * weights[expert], downs[expert]))
     return torch.zeros_like(hidden_states).index_add(0, token, torch.cat(outputs).to(hidden_states.dtype))
+
+
+def _experts_one_by_one(
+    experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same for a few tokens and without gradients: each slot by itself costs less than sorting them."""
+    chosen, rows = indices.flatten().tolist(), hidden_states.split(1)
+    top_k = indices.shape[1]
+    gate_up = [F.linear(rows[slot // top_k], experts.gate_up_proj[expert]) for slot, expert in enumerate(chosen)]
+    inner = experts._apply_gate(torch.cat(gate_up))  # [N K, I]
+    inner = (inner * weights.to(inner.dtype).view(-1, 1)).split(1)
+    outputs = [F.linear(row, experts.down_proj[expert]) for row, expert in zip(inner, chosen, strict=True)]
+    return torch.cat(outputs).view(*indices.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
@@ -306,13 +320,12 @@ class MixtureOfExperts(nn.Module):
         if self.shared_experts is not None:
             output = output + self.shared_experts(hidden_states)
 
-        batch = hidden_states.shape[0]
-        indices = indices.unflatten(0, (batch, -1))
-        counts = count_tokens(indices, self.num_experts, token_mask).sum(dim=0).long()
+        counts = count_tokens(indices, self.num_experts, None if token_mask is None else token_mask.flatten())
         balance_loss = None
         if self.training and (self.seq_aux_loss_coef or self.aux_loss_alpha):
-            scores = self.affinities(logits).unflatten(0, (batch, -1))
-            balance_loss = self.balance_loss(scores, indices, token_mask)
+            sequences = hidden_states.shape[:2]
+            scores = self.affinities(logits).unflatten(0, sequences)
+            balance_loss = self.balance_loss(scores, indices.unflatten(0, sequences), token_mask)
         return output, counts, balance_loss
 
     def balance_loss(
@@ -342,12 +355,17 @@ class HashMixtureOfExperts(MixtureOfExperts):
 
 
 def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Tokens per expert and sequence: chosen experts [B, T, K] -> fp32 counts [B, E], padding left out."""
-    chosen = torch.ones(indices.shape, dtype=torch.float32, device=indices.device)
-    if token_mask is not None:
-        chosen = chosen * token_mask.unsqueeze(-1)
-    counts = torch.zeros(indices.shape[0], num_experts, dtype=torch.float32, device=indices.device)
-    return counts.scatter_add_(1, indices.flatten(1), chosen.flatten(1))
+    """Tokens per expert: chosen experts [T, K] -> counts [E], or of each sequence, [B, T, K] -> [B, E].
+
+    Padding, where `token_mask` [T] or [B, T] is not True, is left out.
+    """
+    chosen = indices.flatten(-2)
+    if token_mask is None:
+        tokens = torch.ones_like(chosen)
+    else:
+        tokens = token_mask.to(chosen.dtype).unsqueeze(-1).expand_as(indices).flatten(-2)
+    counts = chosen.new_zeros(*chosen.shape[:-1], num_experts)
+    return counts.scatter_add_(-1, chosen, tokens)
 
 
 def expert_balance_loss(

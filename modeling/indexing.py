@@ -63,11 +63,17 @@ def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor)
     Returns:
         [B, T, S]. Keys that a query may not see are scored as well.
     """
+
+    def products(some_queries: torch.Tensor) -> torch.Tensor:
+        """[B, J, t, D] -> [B, J, t, S]. Heads and queries side by side: for each head the keys would be copied."""
+        rows = some_queries.float().flatten(1, 2) @ keys_transposed
+        return rows.unflatten(1, some_queries.shape[1:3])
+
     with torch.autocast(query.device.type, enabled=False):
-        keys_transposed = keys.float().transpose(-1, -2).unsqueeze(1)  # [B, 1, D, S]
+        keys_transposed = keys.float().transpose(-1, -2)  # [B, D, S]
         rows = max(1, PRODUCTS_AT_ONCE // max(1, query.shape[0] * query.shape[1] * keys.shape[-2]))
         scores = [
-            torch.einsum("bjts,btj->bts", (some_queries.float() @ keys_transposed).relu(), some_weights.float())
+            torch.einsum("bjts,btj->bts", products(some_queries).relu(), some_weights.float())
             for some_queries, some_weights in zip(query.split(rows, dim=2), weights.split(rows, dim=1), strict=True)
         ]
     return torch.cat(scores, dim=1)

@@ -14,6 +14,8 @@ class FathomRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == self.weight.dtype:  # PyTorch's own computes in fp32, too
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
         return normed.to(hidden_states.dtype)
 

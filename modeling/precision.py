@@ -5,6 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def float32_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x W^T` in fp32, also under autocast and whatever dtypes the two have: [..., d], [E, d] -> [..., E]."""
+    if x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
 class Float32Linear(nn.Linear):
     """A linear map without bias that is computed in fp32, also under autocast and with a weight of another dtype."""
 
@@ -12,8 +20,7 @@ class Float32Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+        return float32_linear(x, self.weight)
 
 
 class KeepsFloat32Buffers(nn.Module):

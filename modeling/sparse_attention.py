@@ -13,9 +13,9 @@ k by a Hadamard matrix, which changes no product and serves only to quantise the
 
 Ties, and how an indexer is trained: see `indexing`.
 
-Cache. One latent, one rotary key and one indexer key per token: R + P + D numbers. The two keys lie side by side in
-the `values` of transformers' ordinary cache layers, so that each of those and all they can do (crop, beam reorder,
-offload, preallocation) holds for sparse attention.
+Cache. One latent, one rotary key and one indexer key per token: R + P + D numbers. The first two are MLA's `keys` in
+transformers' ordinary cache layers, the third their `values`, so that each of those and all they can do (crop, beam
+reorder, offload, preallocation) holds for sparse attention.
 
 Shapes: B batch, T query tokens, S key tokens, K chosen keys, H heads, J indexer heads, D indexer head width,
 R latent width, P rotary width, d width, Q query latent width.
@@ -103,55 +103,52 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]. With `report_indexer` the output has the indexer's report."""
         q_latent = self.query_latent(hidden_states)
-        q_nope, q_pe = self.queries(q_latent, position_embeddings)
-        latent, k_pe = self.latents(hidden_states, position_embeddings)
+        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
         reports = report_indexer and self.indexer.has_report()
         # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
         learns = reports and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns):
             index_keys = self.indexer.keys(hidden_states.detach(), position_embeddings)
         if past_key_values is not None:
-            both_keys = torch.cat((k_pe, index_keys), dim=-1)
-            latent, both_keys = past_key_values.update(latent, both_keys, self.layer_idx)
-            k_pe, index_keys = both_keys.split([self.qk_rope_head_dim, self.indexer.head_dim], dim=-1)
+            latents, index_keys = past_key_values.update(latents, index_keys, self.layer_idx)
 
         attend, report = self.attend_latents, None
-        selects = latent.shape[2] > self.index_topk and not self.index_dense
+        selects = latents.shape[2] > self.index_topk and not self.index_dense
         if selects or reports:
             with torch.set_grad_enabled(learns):
                 scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
             best_mask = keep_best(scores.detach(), attention_mask, self.index_topk)
             if reports:
-                report = self.report(q_nope, q_pe, latent, k_pe, attention_mask, best_mask, scores)
+                report = self.report(q_nope, q_pe, latents, attention_mask, best_mask, scores)
             if selects:
                 attention_mask = best_mask
-                if self.gathering_pays(q_nope, latent):
+                if self.gathering_pays(q_nope, latents):
                     attend = self.gathered_attention
-        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)
+        output, weights = attend(q_nope, q_pe, latents, attention_mask, **kwargs)
         return MixerOutput(self.o_proj(output), weights, report)
 
     def report(
-        self, q_nope, q_pe, latent, k_pe, attention_mask: torch.Tensor | None, best_mask, scores: torch.Tensor
+        self, q_nope, q_pe, latents, attention_mask: torch.Tensor | None, best_mask, scores: torch.Tensor
     ) -> torch.Tensor:
         """The indexer's scores against MLA's attention, with the masks before and after its choice: [F, B, T]."""
         visible = visible_keys(attention_mask, scores)
         selected = visible & visible_keys(best_mask, scores)
         with torch.no_grad():
-            query, (keys, _) = torch.cat((q_nope, q_pe), dim=-1), self.expand(latent, k_pe)
+            query, (keys, _) = torch.cat((q_nope, q_pe), dim=-1), self.expand(latents)
         attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
         return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
 
-    def gathering_pays(self, q_nope: torch.Tensor, latent: torch.Tensor) -> bool:
+    def gathering_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.
 
         Then reading them alone saves products and memory traffic alike. `eager` is the reference and never gathers.
         """
         if self.config._attn_implementation != "sdpa" or not self.knows_expansion():
             return False
-        return q_nope.shape[2] * self.index_topk < latent.shape[2]
+        return q_nope.shape[2] * self.index_topk < latents.shape[2]
 
     def gathered_attention(
-        self, q_nope, q_pe, latent, k_pe, attention_mask, **kwargs
+        self, q_nope, q_pe, latents, attention_mask, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `attend_latents`, from the chosen latents alone. Returns [B, T, H * D_v] and None.
 
@@ -172,8 +169,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         output, _ = self.absorbed_attention(
             alone(q_nope),
             alone(q_pe),
-            latent[sequences, 0, indices].flatten(0, 1).unsqueeze(1),  # [B T, 1, K, R]
-            k_pe[sequences, 0, indices].flatten(0, 1).unsqueeze(1),
+            latents[sequences, 0, indices].flatten(0, 1).unsqueeze(1),  # [B T, 1, K, R + P]
             chosen_mask.flatten(0, 1)[:, None, None],
         )
         return output.view(batch, queries, -1), None

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from fathom import FathomConfig, FathomForCausalLM
@@ -444,3 +445,23 @@ def test_a_filled_cache_is_adopted_with_what_is_in_it():
     logits = ours(ids[:, 20:], past_key_values=cache).logits
     assert isinstance(cache, FathomDynamicCache)
     torch.testing.assert_close(logits, ours(ids, use_cache=False).logits[:, 20:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("generation", "overrides"), [("v3", {}), ("v3.2", {"index_n_heads": 2})])
+def test_a_step_copies_no_cache(generation, overrides):
+    """No tensor that a step makes is as large as the latents of one layer, for several sequences at once either."""
+    (ids, _), ours, made = batch(100), model(generation, **overrides), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not func.is_view:
+                made.append((result.numel(), func.name()))
+            return result
+
+    cache = ours(ids).past_key_values
+    ours(ids[:, :1], past_key_values=cache)  # makes the buffers larger
+    with Sizes():
+        ours(ids[:, :1], past_key_values=cache)
+    assert max(made)[0] < cache.layers[0].keys.numel(), sorted(made)[-3:]

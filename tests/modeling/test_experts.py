@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fathom import FathomConfig, FathomForCausalLM
+from fathom.modeling import experts as experts_module
 from fathom.modeling.experts import MixtureOfExperts, TopKRouter, sequence_balance_loss
 
 TINY = {
@@ -118,6 +119,27 @@ def test_implementations_agree(shared, autocast, unused):
         assert error < (0.02 if autocast else 1e-5), f"{name}: {error}"
         if unused and name.startswith("experts."):
             assert torch.equal(got[3], torch.zeros_like(got[3])), name
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_few_tokens_are_computed_one_by_one(autocast, monkeypatch):
+    """As long as they choose at most half as many experts as there are, and no gradient is kept."""
+    eager, fast = (mixture(name, n_routed_experts=16) for name in ("eager", "sorted_mm"))
+    calls, one_by_one = [], experts_module._experts_one_by_one
+    monkeypatch.setattr(experts_module, "_experts_one_by_one", lambda *args: calls.append(args) or one_by_one(*args))
+    for count, taken in ((1, True), (2, True), (3, False)):
+        hidden = torch.randn(1, count, 64)
+        calls.clear()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output, counts, _ = fast(hidden)
+        assert bool(calls) == taken, count
+        expected, expected_counts, _ = eager(hidden)
+        assert output.dtype == hidden.dtype
+        assert (output.float() - expected).norm() / expected.norm() < (0.02 if autocast else 1e-6)
+        assert torch.equal(counts, expected_counts)
+        calls.clear()
+        fast(hidden)
+        assert not calls
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "sorted_mm"])

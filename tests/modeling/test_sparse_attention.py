@@ -127,8 +127,8 @@ def test_gathered_equals_masked(queries, kind):
     attention = DeepseekSparseAttention(config(attn_implementation="sdpa"), layer_idx=0)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    inputs = [torch.randn(2, 2, queries, 32), torch.randn(2, 2, queries, 16), torch.randn(2, 1, 40, 16)]
-    inputs = [x.requires_grad_() for x in (*inputs, torch.randn(2, 1, 40, 16))]
+    inputs = [torch.randn(2, 2, queries, 32), torch.randn(2, 2, queries, 16), torch.randn(2, 1, 40, 32)]
+    inputs = [x.requires_grad_() for x in inputs]
     mask = torch.ones(queries, 40, dtype=torch.bool).tril(40 - queries).expand(2, 1, queries, 40).clone()
     mask[1, ..., :35] = False
     if kind == "additive":
