@@ -281,18 +281,51 @@ class MultiHeadLatentAttention(FathomAttention):
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
-    def absorbed_attention(self, q_nope, q_pe, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def absorbed_attention(
+        self, q_nope, q_pe, latents, attention_mask, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
         w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )  # [H, D, R], [H, D_v, R]
-        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1) * self.scaling  # [B, H, T, R + P]
-        latents = latents.squeeze(1)  # the same for all heads
-        # One product per sequence, with heads and queries side by side, instead of one per head. With the long side
-        # first it is many times faster in bf16 on a CPU.
-        scores = (latents @ query.flatten(1, 2).transpose(-1, -2)).transpose(-1, -2)  # [B, H T, S]
-        weights = masked_softmax(scores.unflatten(1, q_nope.shape[1:3]), attention_mask).to(query.dtype)
-        output = weights.flatten(1, 2) @ latents[..., : self.kv_lora_rank]  # [B, H T, R]
-        output = output.unflatten(1, q_nope.shape[1:3])  # [B, H, T, R]
-        output = output @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1)  # [B, H, T, R + P]
+        attend = sdpa_with_shared_key if self.config._attn_implementation == "sdpa" else eager_with_shared_key
+        output, weights = attend(query, latents, attention_mask, self.scaling)
+        output = output[..., : self.kv_lora_rank] @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
         return output.transpose(1, 2).flatten(2), weights
+
+
+def eager_with_shared_key(
+    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all heads to one key, which is also the value.
+
+    Args:
+        query: [B, H, T, D].
+        keys: [B, 1, S, D].
+        attention_mask: [B or 1, 1, T, S], boolean or additive, or None: every query sees every key.
+
+    Returns:
+        Output [B, H, T, D] and weights [B, H, T, S].
+    """
+    keys = keys.squeeze(1)
+    # One product per sequence, with heads and queries side by side, instead of one per head.
+    scores = (query.flatten(1, 2) @ keys.transpose(-1, -2) * scaling).unflatten(1, query.shape[1:3])
+    weights = masked_softmax(scores, attention_mask).to(query.dtype)
+    return (weights.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3]), weights
+
+
+def sdpa_with_shared_key(
+    query: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, None]:
+    """The same output by PyTorch's fused kernels: all heads' queries stand in line, as if they were of one head.
+
+    So keys are read once and copied never. Plain products in bf16 on a CPU would, moreover, be prepared anew for every
+    length of the cache, which takes longer than they do.
+    """
+    heads, queries = query.shape[1:3]
+    if attention_mask is not None and queries > 1:
+        attention_mask = attention_mask.repeat(1, 1, heads, 1)
+    line = query.flatten(1, 2).unsqueeze(1)  # [B, 1, H T, D]
+    output = F.scaled_dot_product_attention(line, keys, keys, attn_mask=attention_mask, scale=scaling)
+    return output.squeeze(1).unflatten(1, (heads, queries)), None

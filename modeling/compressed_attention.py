@@ -57,6 +57,8 @@ logger = logging.get_logger(__name__)
 
 # Queries that SDPA is given at a time: of long texts only the keys around them are read, and masked.
 QUERIES_AT_ONCE = 256
+# Keys that a single query is given are a multiple of this many.
+LENGTHS = 64
 
 
 class GroupedLinear(nn.Module):
@@ -356,7 +358,10 @@ class SlidingWindowAttention(FathomAttention):
         dropout = self.attention_dropout if self.training else 0.0
         both = torch.cat((keys, entries), dim=1)
         if self.reads_one_query(query):
-            # By the definition, in two small products: no copy of the keys is needed to put the sink in.
+            # By the definition, in two small products: no second copy of the keys is needed to put the sink in. The
+            # lengths are rounded up: products in bf16 on a CPU are prepared anew for every one, which takes longer.
+            missing = -both.shape[1] % LENGTHS
+            both, visible = F.pad(both, (0, 0, 0, missing)), F.pad(visible, (0, missing))
             return eager_with_sinks(query, both, visible, self.sinks, self.scaling, dropout)[0], None
         attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
         return attend(query, both, visible, self.sinks, self.scaling, dropout)
