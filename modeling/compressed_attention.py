@@ -353,8 +353,7 @@ class SlidingWindowAttention(FathomAttention):
         Returns:
             Output [B, H, T, D]; weights [B, H, T, S + N], None with SDPA.
         """
-        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
-        visible = torch.cat(((distance >= 0) & (distance < self.window), chosen), dim=2)  # [B, T, S + N]
+        visible = torch.cat((self.near(places, key_places), chosen), dim=2)  # [B, T, S + N]
         dropout = self.attention_dropout if self.training else 0.0
         both = torch.cat((keys, entries), dim=1)
         if self.reads_one_query(query):
@@ -365,6 +364,11 @@ class SlidingWindowAttention(FathomAttention):
             return eager_with_sinks(query, both, visible, self.sinks, self.scaling, dropout)[0], None
         attend = sdpa_with_sinks if self.config._attn_implementation == "sdpa" else eager_with_sinks
         return attend(query, both, visible, self.sinks, self.scaling, dropout)
+
+    def near(self, places: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
+        """Which keys at `key_places` [B, S] are in the windows of queries at `places` [B, T]: bool [B, T, S]."""
+        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
+        return (distance >= 0) & (distance < self.window)
 
     def reads_one_query(self, query: torch.Tensor) -> bool:
         """Whether this is a step of decoding, of which no weights are asked."""
@@ -493,8 +497,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
         scores: torch.Tensor,
     ) -> torch.Tensor:
         """The indexer against the attention to entries, among window and sinks. Arguments as in `attend_in_parts`."""
-        distance = places.unsqueeze(2) - key_places.unsqueeze(1)
-        near = (distance >= 0) & (distance < self.window)  # [B, T, S]
+        near = self.near(places, key_places)
         both = torch.cat((keys, entries), dim=1).unsqueeze(1).detach()
 
         def attention(attended: torch.Tensor) -> torch.Tensor:

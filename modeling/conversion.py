@@ -83,13 +83,16 @@ def name_in_memory(name: str, config) -> str:
         name: DeepSeek's name, transformers', or what transformers' V4 makes of the two.
         config: says whether the names are V4's, and where its MTP layers begin.
     """
-    if not config.compresses:
-        return name
+    return v4_name_in_memory(name, config.num_hidden_layers) if config.compresses else name
+
+
+def v4_name_in_memory(name: str, num_hidden_layers: int) -> str:
+    """The same for a V4 of so many main layers. A name that is none of V4's stays as it is."""
     body = name.removeprefix("model.")
     first, _, rest = body.partition(".")
     number, _, inside = rest.partition(".")
     if first in ("layers", "mtp") and number.isdigit():
-        layer = int(number) + (config.num_hidden_layers if first == "mtp" else 0)
+        layer = int(number) + (num_hidden_layers if first == "mtp" else 0)
         return f"model.layers.{layer}.{_replace_start(inside, V4_INSIDE_READ)}"
     replaced = _replace_start(body, V4_OUTSIDE)
     if replaced.startswith(("embed_tokens.", "norm.", "hc_head.")):

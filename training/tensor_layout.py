@@ -19,40 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# In this order; each is applied once to what the ones before have left.
-_NAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^model\.", ""),
-        (r"^embed\.", "embed_tokens."),
-        (r"^head\.", "lm_head."),
-        (r"^(layers\.\d+\.)norm\.", r"\1shared_head.norm."),
-        (r"^((?:layers\.\d+\.)?)hc_head_", r"\1hc_head.hc_"),
-        (r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),
-        (r"\.attn_norm\.", ".input_layernorm."),
-        (r"\.ffn_norm\.", ".post_attention_layernorm."),
-        (r"\.attn\.indexer\.compressor\.", ".self_attn.compressor.indexer."),
-        (r"\.attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
-        (r"\.attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
-        (r"\.attn\.", ".self_attn."),
-        # transformers writes V4's kv_norm of the attention as `norm`, too.
-        (r"(\.self_attn|\.compressor|\.indexer)\.norm\.", r"\1.kv_norm."),
-        (r"\.ape$", ".position_bias"),
-        (r"\.wkv\.", ".kv_proj."),
-        (r"\.wgate\.", ".gate_proj."),
-        (r"\.self_attn\.wq_a\.", ".self_attn.q_a_proj."),
-        (r"\.self_attn\.wq_b\.", ".self_attn.q_b_proj."),
-        (r"\.wo_([ab])\.", r".o_\1_proj."),
-        (r"\.self_attn\.q_norm\.", ".self_attn.q_a_norm."),
-        (r"\.attn_sink$", ".sinks"),
-        (r"\.ffn\.", ".mlp."),
-        (r"\.mlp\.gate\.bias$", ".mlp.gate.e_score_correction_bias"),
-        (r"(experts(?:\.\d+)?)\.w1\.", r"\1.gate_proj."),
-        (r"(experts(?:\.\d+)?)\.w2\.", r"\1.down_proj."),
-        (r"(experts(?:\.\d+)?)\.w3\.", r"\1.up_proj."),
-    )
-]
-_MTP = re.compile(r"^mtp\.(\d+)\.")
+from ..modeling.conversion import v4_name_in_memory
+
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 _SCALE = re.compile(r"(.*)\.(?:scale|weight_scale_inv)$")
 # Copies of the embedding and the head: DeepSeek's in MTP layers, or a head that is tied; in memory they are shared.
@@ -83,10 +51,7 @@ class Layout(NamedTuple):
 
 def canonical_name(name: str, num_hidden_layers: int) -> str:
     """The name of the same tensor in the layout that this module's docstring describes."""
-    name = _MTP.sub(lambda match: f"layers.{num_hidden_layers + int(match[1])}.", name)
-    for pattern, replacement in _NAMES:
-        name = pattern.sub(replacement, name)
-    return name
+    return v4_name_in_memory(name, num_hidden_layers).removeprefix("model.")
 
 
 def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

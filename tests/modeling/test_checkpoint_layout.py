@@ -22,6 +22,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from without_fathom import WITHOUT_FATHOM
 
 from fathom import (
     FathomConfig,
@@ -305,15 +306,6 @@ def test_auto_classes(tmp_path):
 
 
 STRANGER = """
-import sys
-
-class NoFathom:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fathom":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, NoFathom())
-
 import torch
 from pathlib import Path
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -370,7 +362,7 @@ def test_code_travels_with_the_weights(tmp_path, generation):
 
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(tmp_path)],
+        [sys.executable, "-c", WITHOUT_FATHOM + STRANGER, str(tmp_path)],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

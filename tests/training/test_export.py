@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stock_models import CLASSES, greedy, ids, stock_model
+from without_fathom import WITHOUT_FATHOM
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.training.errors import UserError
@@ -53,15 +54,6 @@ def is_mtp(name: str, config: FathomConfig) -> bool:
 
 
 STRANGER = """
-import sys
-
-class NoFathom:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fathom":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, NoFathom())
-
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
@@ -114,7 +106,7 @@ def test_transformers_loads_every_generation_without_us(tmp_path):
         folders.append(str(target))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-c", STRANGER, *folders],
+        [sys.executable, "-c", WITHOUT_FATHOM + STRANGER, *folders],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
