@@ -231,9 +231,10 @@ class DraftDecoder:
         logits: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the main model: its `final_states`, and the last `logits` tokens' logits in fp32."""
-        ids = self.texts.gather(1, columns) if int(columns.min()) >= 0 else None
+        # Of a prompt given by embeddings, only hash layers want the ids too, if there are any.
+        wanted = embeds is None or (self.model.model.routes_by_id and int(columns.min()) >= 0)
         outputs = self.model.model(
-            input_ids=ids if embeds is None or self.model.model.routes_by_id else None,
+            input_ids=self.texts.gather(1, columns) if wanted else None,
             inputs_embeds=embeds,
             attention_mask=self.main.extend(real),
             position_ids=positions,
