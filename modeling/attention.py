@@ -17,6 +17,7 @@ Q query latent width, d width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .fused import kernels_for, project, seen
 from .normalization import FathomRMSNorm
 from .rotary import apply_rotary, yarn_softmax_scale
 
@@ -190,63 +192,75 @@ class MultiHeadLatentAttention(FathomAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
-        q_latent = self.query_latent(hidden_states)
-        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
+        query, latents = self.queries_and_latents(*self.compress(hidden_states), position_embeddings)
         if past_key_values is not None:
             # They are all that is kept: the layer's values are empty.
             latents, _ = past_key_values.update(latents, latents[..., :0], self.layer_idx)
-        output, weights = self.attend_latents(q_nope, q_pe, latents, attention_mask, **kwargs)
-        return MixerOutput(self.o_proj(output), weights)
+        output, weights = self.attend_latents(query, latents, attention_mask, **kwargs)
+        return MixerOutput(project(output, self.o_proj)[0], weights)
 
-    def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, T, d] -> what queries are expanded from: the normed latent [B, T, Q], or without one the input itself."""
-        return self.q_a_layernorm(self.q_a_proj(hidden_states)) if self.compresses_queries else hidden_states
+    def compress(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries, and what keys and values are expanded from.
+
+        Returns:
+            The normed query latent [B, T, Q], or without one the hidden states [B, T, d] themselves; and latent and
+            rotary key side by side [B, T, R + P], neither normed nor rotated.
+        """
+        if not self.compresses_queries:
+            return hidden_states, self.kv_a_proj_with_mqa(hidden_states)
+        q_latent, latents = project(hidden_states, self.q_a_proj, self.kv_a_proj_with_mqa)
+        return self.q_a_layernorm(q_latent), latents
 
     def queries_and_latents(
-        self,
-        q_latent: torch.Tensor,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, q_latent: torch.Tensor, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What attends and what is attended to.
 
         Args:
-            q_latent: see `query_latent`. hidden_states: [B, T, d].
+            q_latent, latents: see `compress`.
 
         Returns:
-            The unrotated part [B, H, T, D] and the rotated part [B, H, T, P] of all queries; and what is cached, latent
-            and rotary key side by side [B, 1, T, R + P]. (Transformers' cache layers want the dimension of 1.)
+            Queries [B, H, T, D + P]; and what is cached, normed latent and rotated key side by side [B, 1, T, R + P].
+            (Transformers' cache layers want the dimension of 1.)
         """
-        query = self.q_b_proj(q_latent) if self.compresses_queries else self.q_proj(q_latent)
-        query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim).transpose(1, 2)
-        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent, k_pe = self.split_latents(self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1))
+        (query,) = project(q_latent, self.q_b_proj if self.compresses_queries else self.q_proj)
+        query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim)  # [B, T, H, D + P]
+        norm, rank = self.kv_a_layernorm, self.kv_lora_rank
+        kernels = kernels_for(
+            self.training, q_latent.shape[:2].numel(), query, latents, norm.weight, *position_embeddings
+        )
+        if kernels is not None:
+            rotate = partial(kernels.norm_rotate, interleaved=self.rope_interleave)
+            query = rotate(query, *position_embeddings, first=self.qk_nope_head_dim)
+            normed = {"norm_width": rank, "norm": norm.weight, "eps": norm.eps}
+            latents = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)
+            return query.transpose(1, 2), latents.transpose(1, 2)
+        q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_pe = self.split_latents(latents.unsqueeze(1))
         # The key is rotated as one more head: a rotation is many small operations.
         rotated = apply_rotary(torch.cat((q_pe, k_pe), dim=1), *position_embeddings, interleaved=self.rope_interleave)
         q_pe, k_pe = rotated.split([self.num_heads, 1], dim=1)
-        return q_nope, q_pe, torch.cat((self.kv_a_layernorm(latent), k_pe), dim=-1)
+        return torch.cat((q_nope, q_pe), dim=-1), torch.cat((norm(latent), k_pe), dim=-1)
 
     def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""
         return latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
 
-    def attend_latents(
-        self, q_nope, q_pe, latents, attention_mask, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_latents(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention in the cheaper of the two ways below. Returns [B, T, H * D_v] and weights."""
         # Without a mask several queries are causal (the prompt of a static cache), which SDPA knows and absorbing not.
-        masked = attention_mask is not None or q_nope.shape[2] == 1
-        absorbs = masked and self.absorbing_pays(q_nope, latents) and self.knows_expansion()
+        masked = attention_mask is not None or query.shape[2] == 1
+        absorbs = masked and self.absorbing_pays(query, latents) and self.knows_expansion()
         attend = self.absorbed_attention if absorbs else self.expanded_attention
-        return attend(q_nope, q_pe, latents, attention_mask, **kwargs)
+        return attend(query, latents, attention_mask, **kwargs)
 
-    def absorbing_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
+    def absorbing_pays(self, query: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether attention over the latents needs fewer multiplications than expanding them first.
 
         Per key token and head, expanding costs R (D + D_v) once; a query costs 2 R + P absorbed and D + P + D_v
         expanded. Only eager and SDPA masks are understood by the absorbed path, and a training step expands.
         """
-        new_tokens, all_tokens = q_nope.shape[2], latents.shape[2]
+        new_tokens, all_tokens = query.shape[2], latents.shape[2]
         if new_tokens == all_tokens or self.config._attn_implementation not in ("eager", "sdpa"):
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim
@@ -260,11 +274,8 @@ class MultiHeadLatentAttention(FathomAttention):
         """
         return type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
 
-    def expanded_attention(
-        self, q_nope, q_pe, latents, attention_mask, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def expanded_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""
-        query = torch.cat((q_nope, q_pe), dim=-1)  # [B, H, T, D + P]
         key, value = self.expand(latents)
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
@@ -281,18 +292,41 @@ class MultiHeadLatentAttention(FathomAttention):
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
-    def absorbed_attention(
-        self, q_nope, q_pe, latents, attention_mask, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def absorbed_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""
+        if self.config._attn_implementation == "sdpa":
+            output = self.fused_attention(query, latents, None if attention_mask is None else attention_mask[:, 0])
+            if output is not None:
+                return output, None
         w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )  # [H, D, R], [H, D_v, R]
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         query = torch.cat((q_nope @ w_uk, q_pe), dim=-1)  # [B, H, T, R + P]
         attend = sdpa_with_shared_key if self.config._attn_implementation == "sdpa" else eager_with_shared_key
         output, weights = attend(query, latents, attention_mask, self.scaling)
         output = output[..., : self.kv_lora_rank] @ w_uv.transpose(-1, -2)  # [B, H, T, D_v]
         return output.transpose(1, 2).flatten(2), weights
+
+    def fused_attention(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        visible: torch.Tensor | None,
+        chosen: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Absorbed attention by the native function, [B, T, H * D_v]; None where it cannot be called.
+
+        Args:
+            visible: bool [B or 1, T, S], or [B, T, K] with `chosen`; None: every query sees every key.
+            chosen: int64 [B, T, K], the keys that a query reads; None: all.
+        """
+        query, cache, mask = query.transpose(1, 2), latents.squeeze(1), seen(visible)
+        kernels = kernels_for(self.training, query.shape[:2].numel(), query, self.kv_b_proj.weight)
+        if kernels is None or mask is None or cache.stride()[1:] != (cache.shape[2], 1):
+            return None
+        sizes = self.scaling, self.kv_lora_rank, self.qk_nope_head_dim
+        return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, mask, chosen)
 
 
 def eager_with_shared_key(

@@ -78,16 +78,17 @@ def adopt_cache(cache: Cache, config) -> None:
     Raises:
         ValueError: a cache that was filled by another kind of model, or that cannot hold what the layers need.
     """
+    compresses = config.compresses
     for layer in cache.layers:
-        if isinstance(layer, FathomCacheLayer) and isinstance(layer, CompressedCacheLayer) != config.compresses:
+        if isinstance(layer, FathomCacheLayer) and isinstance(layer, CompressedCacheLayer) != compresses:
             raise ValueError("the cache was filled by another kind of model; start with a new cache")
     if isinstance(cache, FathomCache):
         return
     known, static = type(cache) in (DynamicCache, StaticCache), type(cache) is StaticCache
     filled = any(layer.is_initialized for layer in cache.layers)
-    if config.compresses and not known:
+    if compresses and not known:
         raise ValueError(f"swa, csa and hca layers take a DynamicCache or a StaticCache, no {type(cache).__name__}")
-    if config.compresses and filled:
+    if compresses and filled:
         raise ValueError("the cache was filled by another kind of model; start with a new cache")
     if not known or (static and filled):
         return

@@ -163,6 +163,8 @@ def append_rows(buffer: torch.Tensor, length: int, rows: torch.Tensor) -> torch.
     end = length + rows.shape[-2]
     if length == 0:
         return rows
+    if rows.shape[-1] == 0:  # what mixers leave empty
+        return rows.new_empty(*rows.shape[:-2], end, 0)
     if rows.requires_grad or buffer.requires_grad:
         return torch.cat((buffer[..., :length, :], rows), dim=-2)
     if end > buffer.shape[-2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):

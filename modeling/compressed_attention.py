@@ -41,6 +41,7 @@ from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
 from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
+from .fused import kernels_for, project, seen
 from .indexing import (
     TrainableIndexer,
     best_of,
@@ -73,6 +74,9 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(groups * out_features, in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = kernels_for(self.training, x.shape[:2].numel(), x, self.weight)
+        if kernels is not None:
+            return kernels.project_groups(x, self.weight)
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
 
 
@@ -100,7 +104,7 @@ class Compressor(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a token contributes, values and gates side by side: [B, T, d] -> [B, T, 2 D] or, overlapping, 4 D."""
-        return torch.cat((self.kv_proj(hidden_states), self.gate_proj(hidden_states)), dim=-1)
+        return torch.cat(project(hidden_states, self.kv_proj, self.gate_proj), dim=-1)
 
     def forward(
         self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor, most_blocks: int | None = None
@@ -230,7 +234,7 @@ class Indexer(Compressor, TrainableIndexer):
             [B, T, N] in fp32.
         """
         query = self.q_b_proj(q_latent.detach()).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
-        return self.scorer(rotate_end(query, *rotation), entries, hidden_states.detach())
+        return self.scorer(rotate_end(query, *rotation, training=self.training), entries, hidden_states.detach())
 
 
 class CompressedSparseCompressor(Compressor):
@@ -291,11 +295,12 @@ class SlidingWindowAttention(FathomAttention):
             Attention weights are [B, H, T, S + N], the window's tokens first, then the entries; None with SDPA.
         """
         rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
-        q_latent = self.q_a_norm(self.q_a_proj(hidden_states))
-        query = self.q_b_proj(q_latent).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        query = F.rms_norm(query.float(), query.shape[-1:], eps=self.norm_eps).to(query.dtype)
-        query = rotate_end(query, *rotation)  # [B, H, T, D]
-        key = rotate_end(self.kv_norm(self.kv_proj(hidden_states)).unsqueeze(1), *rotation).squeeze(1)  # [B, T, D]
+        q_latent, key = project(hidden_states, self.q_a_proj, self.kv_proj)
+        q_latent = self.q_a_norm(q_latent)
+        (query,) = project(q_latent, self.q_b_proj)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        query = rotate_end(query, *rotation, training=self.training, norm_eps=self.norm_eps)  # [B, H, T, D]
+        key = rotate_end(self.kv_norm(key).unsqueeze(1), *rotation, training=self.training).squeeze(1)  # [B, T, D]
 
         layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
@@ -328,10 +333,11 @@ class SlidingWindowAttention(FathomAttention):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
             )
-        cos, sin = rotation
-        output = rotate_end(output, cos, -sin).transpose(1, 2).flatten(2)  # [B, T, H D]
+        output = (
+            rotate_end(output, *rotation, training=self.training, backwards=True).transpose(1, 2).flatten(2)
+        )  # [B, T, H D]
         output = self.o_a_proj(output.unflatten(-1, (self.o_groups, -1))).flatten(2)
-        return MixerOutput(self.o_b_proj(output), weights, report)
+        return MixerOutput(project(output, self.o_b_proj)[0], weights, report)
 
     def attend_with_sinks(
         self,
@@ -356,6 +362,11 @@ class SlidingWindowAttention(FathomAttention):
         visible = torch.cat((self.near(places, key_places), chosen), dim=2)  # [B, T, S + N]
         dropout = self.attention_dropout if self.training else 0.0
         both = torch.cat((keys, entries), dim=1)
+        if self.config._attn_implementation == "sdpa":
+            kernels = kernels_for(self.training, places.numel(), query.transpose(1, 2), both, self.sinks)
+            if kernels is not None and (mask := seen(visible)) is not None:
+                output = kernels.attend_shared(query.transpose(1, 2), both, mask, self.sinks, self.scaling)
+                return output.transpose(1, 2), None
         if self.reads_one_query(query):
             # By the definition, in two small products: no second copy of the keys is needed to put the sink in. The
             # lengths are rounded up: products in bf16 on a CPU are prepared anew for every one, which takes longer.
@@ -429,7 +440,7 @@ class SlidingWindowAttention(FathomAttention):
             entries, places = compressor(contributions, streams["places"][:, -tokens:], after, most_blocks)
             first = (places % DOCUMENT - (block - 1)).clamp(min=0)
             rotation = self.rotary_emb(entries, first)
-            new[name] = rotate_end(entries.unsqueeze(1), *rotation).squeeze(1)
+            new[name] = rotate_end(entries.unsqueeze(1), *rotation, training=self.training).squeeze(1)
             new["places"] = places
         return new if layer is None else layer.append_entries(**new)
 
@@ -579,10 +590,33 @@ def sdpa_with_sinks(
     return output[..., :width], None
 
 
-def rotate_end(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2]."""
-    still, turned = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-    turned = apply_rotary(turned.float(), cos, sin, interleaved=True)
+def rotate_end(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    training: bool,
+    backwards: bool = False,
+    norm_eps: float | None = None,
+) -> torch.Tensor:
+    """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2].
+
+    Args:
+        training: the module's mode (`fused.kernels_for`).
+        backwards: turn back.
+        norm_eps: divide `x` by its root mean square over D before, this number under the root.
+    """
+    width = 2 * cos.shape[-1]
+    first = x.shape[-1] - width
+    kernels = kernels_for(training, cos.shape[:2].numel(), x.transpose(1, 2), cos, sin)
+    if kernels is not None:
+        norm = {} if norm_eps is None else {"norm_width": x.shape[-1], "eps": norm_eps}
+        turned = kernels.norm_rotate(x.transpose(1, 2), cos, sin, first=first, backwards=backwards, **norm)
+        return turned.transpose(1, 2)
+    if norm_eps is not None:
+        x = F.rms_norm(x.float(), x.shape[-1:], eps=norm_eps).to(x.dtype)
+    still, turned = x.split([first, width], dim=-1)
+    turned = apply_rotary(turned.float(), cos, -sin if backwards else sin, interleaved=True)
     return torch.cat((still, turned.to(x.dtype)), dim=-1)
 
 

@@ -277,7 +277,8 @@ class FathomConfig(PreTrainedConfig):
     @property
     def compresses(self) -> bool:
         """Whether tokens are mixed by windows and compressed entries (`swa`, `csa`, `hca`)."""
-        return any(self.uses(kind) for kind in COMPRESSED_MIXERS)
+        mixers = self.token_mixers
+        return not set(COMPRESSED_MIXERS).isdisjoint([mixers] if isinstance(mixers, str) else mixers or ())
 
     @property
     def layer_types(self) -> list[str]:

@@ -36,6 +36,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
+from .fused import SCORING_NUMBERS, SILU, kernels_for
 from .precision import KeepsFloat32Buffers, float32_linear
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -60,6 +61,7 @@ class ExpertRouter(KeepsFloat32Buffers):
         self.norm_topk_prob = config.norm_topk_prob and (scales_always or self.top_k > 1)
         self.routed_scaling_factor = config.routed_scaling_factor if scales_always or not self.norm_topk_prob else 1.0
         self.affinities = SCORING[config.scoring_func]
+        self.scoring_func = config.scoring_func
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         # No buffer: DDP would overwrite it with rank 0's counts at every forward.
         self.expert_load: torch.Tensor | None = None
@@ -68,6 +70,9 @@ class ExpertRouter(KeepsFloat32Buffers):
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [N, d] and their ids [N] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
+        kernels = kernels_for(self.training, len(hidden_states), hidden_states, self.weight)
+        if kernels is not None:
+            return kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
         # In bf16 near ties would be routed by rounding.
         logits = float32_linear(hidden_states, self.weight)  # [N, E]
         scores = self.affinities(logits)
@@ -79,6 +84,10 @@ class ExpertRouter(KeepsFloat32Buffers):
 
     def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Scores [N, E] and token ids [N] -> experts [N, K], all different in a row."""
+        raise NotImplementedError
+
+    def fused_choice(self, input_ids: torch.Tensor | None) -> tuple:
+        """What `fused.Kernels.route` takes behind the weight: the numbers of the choice, bias, table and token ids."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -107,6 +116,11 @@ class TopKRouter(ExpertRouter):
         if self.n_group > 1:
             biased = self._keep_best_groups(biased)
         return biased.topk(self.top_k, dim=-1, sorted=False).indices  # [N, K]
+
+    def fused_choice(self, input_ids: torch.Tensor | None) -> tuple:
+        groups = self.n_group, self.topk_group, self.group_top
+        weighing = SCORING_NUMBERS[self.scoring_func], self.norm_topk_prob, self.routed_scaling_factor
+        return (self.top_k, *groups, *weighing), self.e_score_correction_bias, None, None
 
     def _keep_best_groups(self, biased: torch.Tensor) -> torch.Tensor:
         """Sets the scores of all but `topk_group` groups to -inf; a group counts by its best, or its best two."""
@@ -144,6 +158,10 @@ class HashRouter(ExpertRouter):
 
     def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.tid2eid[input_ids]
+
+    def fused_choice(self, input_ids: torch.Tensor | None) -> tuple:
+        weighing = SCORING_NUMBERS[self.scoring_func], self.norm_topk_prob, self.routed_scaling_factor
+        return (self.top_k, 1, 1, 1, *weighing), None, self.tid2eid, input_ids
 
     @torch.no_grad()
     def reset_table(self) -> None:
@@ -223,6 +241,11 @@ def sorted_mm_experts_forward(
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
     if experts._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    if isinstance(experts.act_fn, SILU):
+        parameters = experts.gate_up_proj, experts.down_proj
+        kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters)
+        if kernels is not None:
+            return kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
     if not torch.is_grad_enabled() and 2 * indices.numel() <= experts.num_experts:
         return _experts_one_by_one(experts, hidden_states, indices, weights)
     device = hidden_states.device.type
@@ -360,6 +383,8 @@ def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tens
     Padding, where `token_mask` [T] or [B, T] is not True, is left out.
     """
     chosen = indices.flatten(-2)
+    if token_mask is None and chosen.dim() == 1 and chosen.is_cpu and not torch.compiler.is_compiling():
+        return chosen.bincount(minlength=num_experts)
     if token_mask is None:
         tokens = torch.ones_like(chosen)
     else:

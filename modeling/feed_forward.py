@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .fused import SILU, is_plain, kernels_for
+
 
 def gated_activation(
     gate: torch.Tensor, up: torch.Tensor, act_fn: Callable, limit: float | None = None
@@ -34,9 +36,15 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
         self.gated = gated
+        self.is_swiglu = gated and isinstance(self.act_fn, SILU)
         self.swiglu_limit = config.swiglu_limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_swiglu and is_plain(self.gate_proj) and is_plain(self.up_proj) and is_plain(self.down_proj):
+            weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            kernels = kernels_for(self.training, x.shape[:-1].numel(), x, *weights)
+            if kernels is not None:
+                return kernels.mix_channels(x, *weights, self.swiglu_limit)
         if self.gated:
             inner = gated_activation(self.gate_proj(x), self.up_proj(x), self.act_fn, self.swiglu_limit)
             return self.down_proj(inner)

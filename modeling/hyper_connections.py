@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .fused import kernels_for
+
 
 class StreamMixing(NamedTuple):
     """What a read keeps for the write: weights of the output [B, T, n] and between the streams [B, T, n, n], fp32."""
@@ -52,6 +54,11 @@ class HyperConnection(nn.Module):
     def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, StreamMixing]:
         """Streams [B, T, n, d] -> the sub-layer's input [B, T, d], and the mixing that `write` takes."""
         n = self.hc_mult
+        kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, self.fn, self.base, self.scale)
+        if kernels is not None:
+            weights = self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.sinkhorn_iters
+            read, *mixing = kernels.read_streams(streams, *weights)
+            return read, StreamMixing(*mixing)
         # Autocast would compute the weights in bf16; they steer every layer's residual, so they stay in fp32.
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.fn, self.norm_eps)  # [B, T, (2 + n) n]
@@ -65,6 +72,9 @@ class HyperConnection(nn.Module):
 
     def write(self, streams: torch.Tensor, output: torch.Tensor, mixing: StreamMixing) -> torch.Tensor:
         """Streams [B, T, n, d] and the sub-layer's output [B, T, d] -> streams [B, T, n, d]."""
+        kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, output)
+        if kernels is not None:
+            return kernels.write_streams(streams, output, *mixing)
         post, residual = mixing.post.to(streams.dtype), mixing.residual.to(streams.dtype)
         return torch.addcmul(residual.mT @ streams, post.unsqueeze(-1), output.unsqueeze(-2))
 
@@ -118,7 +128,11 @@ class StreamCollapse(nn.Module):
 
 def split_streams(hidden_states: torch.Tensor, streams: int) -> torch.Tensor:
     """[B, T, d] -> `streams` copies [B, T, n, d]; unchanged for one stream."""
-    return hidden_states if streams == 1 else hidden_states.unsqueeze(2).expand(-1, -1, streams, -1)
+    if streams == 1:
+        return hidden_states
+    copies = hidden_states.unsqueeze(2).expand(-1, -1, streams, -1)
+    # A backward pass would keep the copies.
+    return copies if torch.is_grad_enabled() else copies.contiguous()
 
 
 def project_streams(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 
 import copy
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
+from .fused import project
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
 from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
@@ -294,7 +296,7 @@ class FathomModel(FathomPreTrainedModel):
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
         outputs: list[LayerOutput] = []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             output = LayerOutput(
                 *layer(hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs)
             )
@@ -481,7 +483,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         )
         hidden_states, expert_counts = outputs.last_hidden_state, outputs.expert_counts
         if labels is None or not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            (logits,) = project(slice_logits_to_keep(hidden_states, logits_to_keep), self.lm_head)
         else:
             logits = None
         terms = LossTerms()

@@ -22,12 +22,14 @@ R latent width, P rotary width, d width, Q query latent width.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention
+from .fused import kernels_for, project, seen
 from .indexing import (
     TrainableIndexer,
     best_of,
@@ -38,6 +40,13 @@ from .indexing import (
 )
 from .precision import Float32Linear
 from .rotary import apply_rotary
+
+
+class Chosen(NamedTuple):
+    """Keys that queries read, int64 [B, T, K], and which of them they see, bool [B, T, K]."""
+
+    indices: torch.Tensor
+    visible: torch.Tensor
 
 
 class LightningIndexer(TrainableIndexer):
@@ -55,7 +64,8 @@ class LightningIndexer(TrainableIndexer):
 
     def keys(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Hidden states [B, T, d] -> keys [B, 1, T, D]."""
-        return self.rotate(self.k_norm(self.wk(hidden_states)).unsqueeze(1), position_embeddings)
+        (keys,) = project(hidden_states, self.wk)
+        return self.rotate(self.k_norm(keys).unsqueeze(1), position_embeddings)
 
     def scores(
         self,
@@ -73,12 +83,41 @@ class LightningIndexer(TrainableIndexer):
         Returns:
             [B, T, S] in fp32. Keys that a query may not see are scored as well.
         """
-        query = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
-        query = self.rotate(query, position_embeddings)  # [B, J, T, D]
+        query = self.queries(q_latent, position_embeddings)
         return index_scores(query, keys.squeeze(1), head_weights(self.weights_proj, hidden_states, self.head_dim))
+
+    def queries(self, q_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Query latent [B, T, Q] -> queries [B, J, T, D]."""
+        (query,) = project(q_latent, self.wq_b)
+        query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        return self.rotate(query, position_embeddings)
+
+    def choose(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        top_k: int,
+    ) -> Chosen | None:
+        """The `top_k` best visible keys of every query by the native function; None where it cannot be called.
+
+        Args:
+            attention_mask: [B or 1, 1, T, S], boolean, or None: every query sees every key. The others: see `scores`.
+        """
+        keys, visible = keys.squeeze(1), seen(None if attention_mask is None else attention_mask[:, 0])
+        kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, self.weights_proj.weight)
+        if kernels is None or visible is None or keys.stride()[1:] != (self.head_dim, 1):
+            return None
+        query = self.queries(q_latent, position_embeddings).transpose(1, 2)
+        return Chosen(*kernels.choose_keys(query, keys, hidden_states, self.weights_proj.weight, visible, top_k))
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
+        kernels = kernels_for(self.training, x.shape[0] * x.shape[2], x.transpose(1, 2), *position_embeddings)
+        if kernels is not None:
+            return kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False).transpose(1, 2)
         rotary, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((apply_rotary(rotary, *position_embeddings, interleaved=False), rest), dim=-1)
 
@@ -102,8 +141,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]. With `report_indexer` the output has the indexer's report."""
-        q_latent = self.query_latent(hidden_states)
-        q_nope, q_pe, latents = self.queries_and_latents(q_latent, hidden_states, position_embeddings)
+        q_latent, latents = self.compress(hidden_states)
+        query, latents = self.queries_and_latents(q_latent, latents, position_embeddings)
         reports = report_indexer and self.indexer.has_report()
         # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
         learns = reports and torch.is_grad_enabled()
@@ -114,48 +153,59 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         attend, report = self.attend_latents, None
         selects = latents.shape[2] > self.index_topk and not self.index_dense
+        if selects and not reports and self.reads_chosen(query, attention_mask):
+            chosen = self.indexer.choose(
+                hidden_states, q_latent, index_keys, position_embeddings, attention_mask, self.index_topk
+            )
+            output = None if chosen is None else self.fused_attention(query, latents, chosen.visible, chosen.indices)
+            if output is not None:
+                return MixerOutput(project(output, self.o_proj)[0], None)
         if selects or reports:
             with torch.set_grad_enabled(learns):
                 scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
             best_mask = keep_best(scores.detach(), attention_mask, self.index_topk)
             if reports:
-                report = self.report(q_nope, q_pe, latents, attention_mask, best_mask, scores)
+                report = self.report(query, latents, attention_mask, best_mask, scores)
             if selects:
                 attention_mask = best_mask
-                if self.gathering_pays(q_nope, latents):
+                if self.gathering_pays(query, latents):
                     attend = self.gathered_attention
-        output, weights = attend(q_nope, q_pe, latents, attention_mask, **kwargs)
-        return MixerOutput(self.o_proj(output), weights, report)
+        output, weights = attend(query, latents, attention_mask, **kwargs)
+        return MixerOutput(project(output, self.o_proj)[0], weights, report)
+
+    def reads_chosen(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether native functions may choose keys and attend to them."""
+        # Without a mask several queries are causal, which they do not know.
+        masked = attention_mask is not None or query.shape[2] == 1
+        return masked and self.config._attn_implementation == "sdpa" and self.knows_expansion()
 
     def report(
-        self, q_nope, q_pe, latents, attention_mask: torch.Tensor | None, best_mask, scores: torch.Tensor
+        self, query, latents, attention_mask: torch.Tensor | None, best_mask, scores: torch.Tensor
     ) -> torch.Tensor:
         """The indexer's scores against MLA's attention, with the masks before and after its choice: [F, B, T]."""
         visible = visible_keys(attention_mask, scores)
         selected = visible & visible_keys(best_mask, scores)
         with torch.no_grad():
-            query, (keys, _) = torch.cat((q_nope, q_pe), dim=-1), self.expand(latents)
+            keys, _ = self.expand(latents)
         attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
         return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
 
-    def gathering_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
+    def gathering_pays(self, query: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.
 
         Then reading them alone saves products and memory traffic alike. `eager` is the reference and never gathers.
         """
         if self.config._attn_implementation != "sdpa" or not self.knows_expansion():
             return False
-        return q_nope.shape[2] * self.index_topk < latents.shape[2]
+        return query.shape[2] * self.index_topk < latents.shape[2]
 
-    def gathered_attention(
-        self, q_nope, q_pe, latents, attention_mask, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def gathered_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `attend_latents`, from the chosen latents alone. Returns [B, T, H * D_v] and None.
 
         Args:
             attention_mask: [B, 1, T, S] that leaves at most K keys visible to a query.
         """
-        batch, _, queries, _ = q_nope.shape
+        batch, _, queries, _ = query.shape
         visible = visible_keys(attention_mask, attention_mask[:, 0])
         # The visible keys of each query; where they are fewer than K, hidden ones fill up and stay masked.
         indices = visible.int().topk(self.index_topk, dim=-1, sorted=False).indices  # [B, T, K]
@@ -167,8 +217,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
         output, _ = self.absorbed_attention(
-            alone(q_nope),
-            alone(q_pe),
+            alone(query),
             latents[sequences, 0, indices].flatten(0, 1).unsqueeze(1),  # [B T, 1, K, R + P]
             chosen_mask.flatten(0, 1)[:, None, None],
         )

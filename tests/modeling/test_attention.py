@@ -52,7 +52,7 @@ def test_absorbed_equals_expanded(attn_implementation, new, total, mask_kind):
     """Outputs, and gradients with respect to every input and to the matrix that is absorbed."""
     attention = mla(attn_implementation, v_head_dim=24)
     batch, heads = 3, attention.num_heads
-    shapes = [(batch, heads, new, 32), (batch, heads, new, 16), (batch, 1, total, 32)]
+    shapes = [(batch, heads, new, 48), (batch, 1, total, 32)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     mask = visible(batch, new, total)
     if mask_kind == "none":
@@ -68,7 +68,7 @@ def test_absorbed_equals_expanded(attn_implementation, new, total, mask_kind):
         output, _ = attend(*inputs, mask)
         weights = [*inputs, attention.kv_b_proj.weight]
         results.append([output * used[..., None], *torch.autograd.grad((output * direction).sum(), weights)])
-    for name, expanded, absorbed in zip(("output", "q_nope", "q_pe", "latents", "kv_b_proj"), *results, strict=True):
+    for name, expanded, absorbed in zip(("output", "query", "latents", "kv_b_proj"), *results, strict=True):
         scale = expanded.abs().max().clamp(min=1)
         torch.testing.assert_close(
             absorbed / scale, expanded / scale, atol=2e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
@@ -79,7 +79,7 @@ def test_absorbed_equals_expanded(attn_implementation, new, total, mask_kind):
 def test_backends_agree_whatever_the_width_of_values(v_head_dim):
     """SDPA pads values narrower than keys."""
     eager, sdpa = mla("eager", v_head_dim=v_head_dim), mla("sdpa", v_head_dim=v_head_dim)
-    inputs = [torch.randn(2, 2, 7, 32), torch.randn(2, 2, 7, 16), torch.randn(2, 1, 7, 32)]
+    inputs = [torch.randn(2, 2, 7, 48), torch.randn(2, 1, 7, 32)]
     mask = visible(2, 7, 7)
     used = mask.any(-1)[:, 0]
     expected, weights = eager.expanded_attention(*inputs, mask)
@@ -99,21 +99,21 @@ def test_the_cheaper_way_is_taken():
     for new in (1, 2, 8, 64, 128, 170, 171, 200, 512, 4096):
         expanding = cached * latent_width * (nope + value) + new * cached * (nope + rope + value)
         absorbing = new * latent_width * (nope + value) + new * cached * (latent_width + rope + latent_width)
-        q_nope = torch.empty(1, 128, new, nope, device="meta")
+        query = torch.empty(1, 128, new, nope + rope, device="meta")
         latent = torch.empty(1, 1, cached, latent_width, device="meta")
-        decided[new] = attention.absorbing_pays(q_nope, latent)
+        decided[new] = attention.absorbing_pays(query, latent)
         assert decided[new] == (absorbing < expanding), new
     assert decided[170]
     assert not decided[171]
 
 
 def test_a_training_step_and_other_backends_expand():
-    q_nope, latent = torch.empty(1, 2, 1, 32), torch.empty(1, 1, 50, 16)
-    assert mla("sdpa").absorbing_pays(q_nope, latent)
-    assert not mla("sdpa").absorbing_pays(q_nope, latent[:, :, :1])
+    query, latent = torch.empty(1, 2, 1, 48), torch.empty(1, 1, 50, 16)
+    assert mla("sdpa").absorbing_pays(query, latent)
+    assert not mla("sdpa").absorbing_pays(query, latent[:, :, :1])
     flex = mla("sdpa")
     flex.config._attn_implementation = "flex_attention"
-    assert not flex.absorbing_pays(q_nope, latent)
+    assert not flex.absorbing_pays(query, latent)
 
 
 def test_cache_holds_one_latent_and_one_rotary_key_per_token():

@@ -127,7 +127,7 @@ def test_gathered_equals_masked(queries, kind):
     attention = DeepseekSparseAttention(config(attn_implementation="sdpa"), layer_idx=0)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    inputs = [torch.randn(2, 2, queries, 32), torch.randn(2, 2, queries, 16), torch.randn(2, 1, 40, 32)]
+    inputs = [torch.randn(2, 2, queries, 48), torch.randn(2, 1, 40, 32)]
     inputs = [x.requires_grad_() for x in inputs]
     mask = torch.ones(queries, 40, dtype=torch.bool).tril(40 - queries).expand(2, 1, queries, 40).clone()
     mask[1, ..., :35] = False
@@ -147,10 +147,10 @@ def test_gathered_equals_masked(queries, kind):
 def test_the_fewer_latents_are_read():
     attention = DeepseekSparseAttention(config(attn_implementation="sdpa"), layer_idx=0)
     for queries, keys, pays in ((1, 9, True), (1, 8, False), (5, 41, True), (5, 40, False), (50, 50, False)):
-        q_nope, latent = torch.empty(1, 2, queries, 32), torch.empty(1, 1, keys, 16)
-        assert attention.gathering_pays(q_nope, latent) == pays
+        query, latent = torch.empty(1, 2, queries, 48), torch.empty(1, 1, keys, 16)
+        assert attention.gathering_pays(query, latent) == pays
     attention.config._attn_implementation = "eager"
-    assert not attention.gathering_pays(torch.empty(1, 2, 1, 32), torch.empty(1, 1, 50, 16))
+    assert not attention.gathering_pays(torch.empty(1, 2, 1, 48), torch.empty(1, 1, 50, 16))
 
 
 @torch.no_grad()

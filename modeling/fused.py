@@ -1,0 +1,355 @@
+"""Decoding steps by the functions of `kernels.cpp`.
+
+Where a step reads a few tokens, PyTorch spends more time on dispatching its many small operations than on computing.
+Modules that decode ask `kernels_for` whether the native functions can do their work; where it says None they go on with
+their own definition, which these functions are equal to:
+
+    project, project_groups   nn.Linear; GroupedLinear
+    norm_rotate               FathomRMSNorm, apply_rotary
+    attend_latents            MultiHeadLatentAttention.absorbed_attention
+    attend_shared             eager_with_sinks
+    choose_keys               index_scores, then best_of
+    route                     ExpertRouter.forward
+    mix_channels              RoutedExperts.forward, FeedForward.forward
+    read_streams              HyperConnection.forward; write_streams: HyperConnection.write
+
+Numbers are computed in fp32 and rounded where a function ends, while PyTorch rounds bf16 after every operation.
+
+Shapes: B batch, T tokens per sequence, N = B T tokens, H heads, D head width, P rotary width, R latent width, S keys,
+K chosen, E experts, n residual streams, d width.
+"""
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from .native import library
+
+# Tokens of a step, beyond which matrix products are large enough for PyTorch's.
+FEW_TOKENS = 16
+PLAIN = (torch.Tensor, nn.Parameter)
+SCORING_NUMBERS = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
+SILU = (nn.SiLU, SiLUActivation)
+
+_kernels: dict[torch.dtype, "Kernels"] = {}
+
+
+def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Tensor) -> "Kernels | None":
+    """The native functions, if they can take `x` and weights: few tokens on a CPU, of one dtype, and no gradients.
+
+    None also under autocast, in graphs that are being made, for weights that are no plain tensors (quantised, sharded,
+    offloaded), and as long as `native` has nothing to call.
+
+    Args:
+        training: the module's mode. Gradient checkpointing runs layers without gradients first, to run them again with;
+            both must be the same.
+    """
+    if training or torch.compiler.is_compiling() or tokens > FEW_TOKENS or torch.is_grad_enabled() or not x.is_cpu:
+        return None
+    dtype = x.dtype
+    kernels = _kernels.get(dtype)
+    if kernels is None:
+        functions = library(dtype)
+        if functions is None:
+            return None
+        kernels = _kernels[dtype] = Kernels(functions)
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return None
+    for each in (x, *weights):
+        if type(each) not in PLAIN or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
+            return None
+    return kernels
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and nothing else happens when it is called."""
+    return (
+        type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
+    )
+
+
+def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:
+    """`[each(x) for each in maps]`: up to four linear maps of the same tokens [B, T, d]."""
+    if x.dim() == 3 and all(map(is_plain, maps)):
+        kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *[each.weight for each in maps])
+        if kernels is not None:
+            return kernels.project(x, *[each.weight for each in maps])
+    return [each(x) for each in maps]
+
+
+class Seen(NamedTuple):
+    """A boolean mask [B, T, S] as the native functions read it; nothing where every query sees every key."""
+
+    pointer: int | None = None
+    batch_stride: int = 0
+    query_stride: int = 0
+
+
+def seen(mask: torch.Tensor | None) -> Seen | None:
+    """How a mask [B or 1, T, S] is read, None where it cannot be: it adds numbers, or its keys are not side by side."""
+    if mask is None:
+        return Seen()
+    if mask.dtype is not torch.bool or type(mask) is not torch.Tensor or mask.stride(-1) != 1:
+        return None
+    return Seen(mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
+
+
+class Kernels:
+    """The native functions for one dtype. All tensors are contiguous and of that dtype, where nothing else is said."""
+
+    def __init__(self, functions: ctypes.CDLL):
+        self.functions = functions
+
+    def project(self, x: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+        """`x W^T` for up to four weights [n, d]: [..., d] -> [..., n] each."""
+        width = x.shape[-1]
+        outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+        maps: list[int | None] = []
+        for weight, output in zip(weights, outputs, strict=True):
+            maps += [weight.data_ptr(), output.data_ptr(), weight.shape[0]]
+        maps += [None, None, 0] * (4 - len(weights))
+        self.functions.project(x.data_ptr(), x.numel() // width, width, *maps, torch.get_num_threads())
+        return outputs
+
+    def project_groups(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[B, T, G, in] and weight [G out, in] -> [B, T, G, out]."""
+        batch, tokens, groups, width = x.shape
+        output = x.new_empty(batch, tokens, groups, weight.shape[0] // groups)
+        sizes = (batch * tokens, groups, width, weight.data_ptr(), output.shape[-1])
+        self.functions.project_groups(x.data_ptr(), *sizes, output.data_ptr(), torch.get_num_threads())
+        return output
+
+    def norm_rotate(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+        *,
+        first: int = 0,
+        interleaved: bool = True,
+        backwards: bool = False,
+        norm_width: int = 0,
+        norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """Norms the first `norm_width` numbers of heads [B, T, H, D], then rotates P of them from `first` on.
+
+        Args:
+            cos, sin: [B or 1, T, P / 2], or None: nothing is rotated.
+            norm: [norm_width], the norm's weight, or None without one.
+        """
+        width, heads = x.shape[-1], x.shape[-2]
+        output = torch.empty_like(x)
+        pairs, positions, cosines, sines = 0, 1, None, None
+        if cos is not None and sin is not None:
+            pairs, positions = cos.shape[-1], cos.shape[0] * cos.shape[1]
+            cosines, sines = cos.data_ptr(), sin.data_ptr()
+        self.functions.norm_rotate(
+            x.data_ptr(),
+            output.data_ptr(),
+            x.numel() // (width * heads),
+            heads,
+            width,
+            None if norm is None else norm.data_ptr(),
+            norm_width,
+            eps,
+            cosines,
+            sines,
+            positions,
+            2 * pairs,
+            first,
+            interleaved,
+            -1.0 if backwards else 1.0,
+        )
+        return output
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm of [..., d]."""
+        output = torch.empty_like(x)
+        width = x.shape[-1]
+        self.functions.norm_rotate(
+            *(x.data_ptr(), output.data_ptr(), x.numel() // width, 1, width, weight.data_ptr(), width, eps),
+            *(None, None, 1, 0, 0, 0, 1.0),
+        )
+        return output
+
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        kv_b: torch.Tensor,
+        scaling: float,
+        rank: int,
+        nope: int,
+        visible: Seen,
+        chosen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Absorbed attention of MLA.
+
+        Args:
+            query: [B, T, H, D + P].
+            cache: [B, S, R + P], rows side by side.
+            kv_b: [H (D + D_v), R].
+            chosen: int64 [B, T, K], the keys that a query reads, which `visible` is then about; None: all.
+
+        Returns:
+            [B, T, H D_v].
+        """
+        batch, tokens, heads, _ = query.shape
+        value_width = kv_b.shape[0] // heads - nope
+        output = query.new_empty(batch, tokens, heads * value_width)
+        self.functions.attend_latents(
+            query.data_ptr(),
+            cache.data_ptr(),
+            cache.stride(0),
+            cache.shape[-1],
+            rank,
+            cache.shape[1] if chosen is None else chosen.shape[2],
+            None if chosen is None else chosen.data_ptr(),
+            *visible,
+            kv_b.data_ptr(),
+            nope,
+            value_width,
+            batch,
+            tokens,
+            heads,
+            scaling,
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return output
+
+    def attend_shared(
+        self, query: torch.Tensor, keys: torch.Tensor, visible: Seen, sinks: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention with sinks [H] to one key per token, its value too: query [B, T, H, D], keys [B, S, D]."""
+        batch, tokens, heads, width = query.shape
+        output = torch.empty_like(query)
+        self.functions.attend_shared(
+            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *visible),
+            *(batch, tokens, heads, scaling, sinks.data_ptr(), output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    def choose_keys(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        visible: Seen,
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys that an indexer chooses for every query.
+
+        Args:
+            query: [B, T, J, D]. keys: [B, S, D], rows side by side, S >= K.
+            hidden_states: [B, T, d], which with `weight` [J, d] give the weights of the heads (`head_weights`).
+
+        Returns:
+            int64 [B, T, K] in the order of the keys, and bool [B, T, K]: False for keys that are not visible, which
+            fill up where less than K are.
+        """
+        batch, tokens, heads, width = query.shape
+        chosen = torch.empty(batch, tokens, top_k, dtype=torch.int64)
+        sees = torch.empty(batch, tokens, top_k, dtype=torch.bool)
+        self.functions.choose_keys(
+            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), hidden_states.data_ptr(), weight.data_ptr()),
+            *(hidden_states.shape[2], *visible, batch, tokens, heads, width, keys.shape[1], top_k),
+            *(chosen.data_ptr(), sees.data_ptr(), torch.get_num_threads()),
+        )
+        return chosen, sees
+
+    def route(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        choice: tuple[int | float, ...],
+        bias: torch.Tensor | None,
+        table: torch.Tensor | None,
+        ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits fp32 [N, E], weights fp32 [N, K] and indices [N, K] of the experts that tokens [N, d] choose.
+
+        Args:
+            choice: top_k, n_group, topk_group, group_top, scoring (`SCORING_NUMBERS`), normalises, scale.
+            bias: fp32 [E] or None. table: int64 [V, K], by which the token ids [N] alone choose, or None.
+        """
+        tokens, experts, top_k = x.shape[0], weight.shape[0], int(choice[0])
+        ids = None if ids is None else ids.contiguous()
+        logits = torch.empty(tokens, experts)
+        weights = torch.empty(tokens, top_k)
+        indices = torch.empty(tokens, top_k, dtype=torch.int64)
+        self.functions.route(
+            *(x.data_ptr(), tokens, x.shape[1], weight.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(None if table is None else table.data_ptr(), None if ids is None else ids.data_ptr(), experts, *choice),
+            *(logits.data_ptr(), weights.data_ptr(), indices.data_ptr(), torch.get_num_threads()),
+        )
+        return logits, weights, indices
+
+    def mix_experts(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        limit: float | None,
+    ) -> torch.Tensor:
+        """Tokens [N, d] through their experts [N, K], weighted by fp32 [N, K] and added: [N, d]."""
+        output = torch.empty_like(x)
+        self.functions.mix_channels(
+            *(x.data_ptr(), x.shape[0], x.shape[1], indices.data_ptr(), weights.data_ptr(), indices.shape[1]),
+            *(gate_up.data_ptr(), down.data_ptr(), down.shape[2], None, None, None, 0),
+            *(math.inf if limit is None else limit, output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    def mix_channels(
+        self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, limit: float | None
+    ) -> torch.Tensor:
+        """Tokens [..., d] through one gated network, weights [I, d], [I, d] and [d, I]: [..., d]."""
+        output = torch.empty_like(x)
+        self.functions.mix_channels(
+            *(x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], None, None, 0, None, None, 0),
+            *(gate.data_ptr(), up.data_ptr(), down.data_ptr(), gate.shape[0]),
+            *(math.inf if limit is None else limit, output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    def read_streams(
+        self,
+        streams: torch.Tensor,
+        fn: torch.Tensor,
+        base: torch.Tensor,
+        scale: torch.Tensor,
+        norm_eps: float,
+        eps: float,
+        iterations: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a sub-layer reads of streams [B, T, n, d]: [B, T, d]; and its fp32 weights `StreamMixing`."""
+        batch, tokens, n, width = streams.shape
+        output = streams.new_empty(batch, tokens, width)
+        post, residual = torch.empty(batch, tokens, n), torch.empty(batch, tokens, n, n)
+        self.functions.read_streams(
+            *(streams.data_ptr(), batch * tokens, n, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr()),
+            *(norm_eps, eps, iterations, output.data_ptr(), post.data_ptr(), residual.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return output, post, residual
+
+    def write_streams(
+        self, streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Streams [B, T, n, d] after a sub-layer's output [B, T, d], by what `read_streams` gave."""
+        batch, tokens, n, width = streams.shape
+        written = torch.empty_like(streams)
+        self.functions.write_streams(
+            *(streams.data_ptr(), output.data_ptr(), post.data_ptr(), residual.data_ptr()),
+            *(batch * tokens, n, width, written.data_ptr()),
+        )
+        return written

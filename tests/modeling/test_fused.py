@@ -1,0 +1,439 @@
+"""The native functions against the definitions they stand for, and when they are called at all.
+
+Every definition is the module's own: it runs where gradients are enabled, which no native function serves.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from fathom.modeling import fused, native
+from fathom.modeling.attention import MultiHeadLatentAttention
+from fathom.modeling.compressed_attention import GroupedLinear, eager_with_sinks, rotate_end
+from fathom.modeling.configuration_fathom import FathomConfig
+from fathom.modeling.experts import HashRouter, RoutedExperts, TopKRouter
+from fathom.modeling.feed_forward import FeedForward
+from fathom.modeling.hyper_connections import HyperConnection
+from fathom.modeling.indexing import best_of, index_scores
+from fathom.modeling.modeling_fathom import FathomForCausalLM
+from fathom.modeling.normalization import FathomRMSNorm
+from fathom.modeling.rotary import apply_rotary
+from fathom.modeling.sparse_attention import DeepseekSparseAttention
+
+pytestmark = pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of the largest number: fp32 sums in another order, and bf16 rounds what fp32 would not.
+CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=list(DTYPES))
+def dtype(request) -> torch.dtype:
+    torch.manual_seed(0)
+    return DTYPES[request.param]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == expected.shape
+    scale = expected.detach().abs().max().clamp(min=1e-6).float()
+    torch.testing.assert_close(found.float() / scale, expected.detach().float() / scale, atol=CLOSE[dtype], rtol=0)
+
+
+def both_ways(module: nn.Module, *inputs, calls: str, monkeypatch: pytest.MonkeyPatch):
+    """What a module returns natively, as is made sure of, and by its definition."""
+    called = []
+    original = getattr(fused.Kernels, calls)
+    monkeypatch.setattr(fused.Kernels, calls, lambda *args, **kw: called.append(calls) or original(*args, **kw))
+    with torch.no_grad():
+        found = module(*inputs)
+    assert called
+    called.clear()
+    expected = module(*inputs)
+    assert not called
+    return found, expected
+
+
+def shuffled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.to(dtype).eval()
+
+
+# Widths that are multiples of the vectors' and not, tokens that are and are not a pair.
+@pytest.mark.parametrize("width", [16, 80, 37])
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (3, 5)])
+def test_several_linear_maps(dtype, width, tokens):
+    x = torch.randn(*tokens, width).to(dtype)
+    maps = [shuffled(nn.Linear(width, rows, bias=False), dtype) for rows in (1, 8, 50, 129)]
+    with torch.no_grad():
+        found = fused.kernels_for(False, tokens[0] * tokens[1], x).project(x, *[each.weight for each in maps])
+        assert [torch.equal(one, two) for one, two in zip(found, fused.project(x, *maps), strict=True)] == [True] * 4
+    for each, output in zip(maps, found, strict=True):
+        assert_close(output, each(x), dtype)
+
+
+def test_a_linear_map_per_group(dtype, monkeypatch):
+    module = shuffled(GroupedLinear(24, 20, 3), dtype)
+    assert_close(
+        *both_ways(module, torch.randn(2, 3, 3, 24).to(dtype), calls="project_groups", monkeypatch=monkeypatch), dtype
+    )
+
+
+@pytest.mark.parametrize("width", [8, 100, 256])
+def test_norm(dtype, width, monkeypatch):
+    x = 5 * torch.randn(2, 3, width).to(dtype)
+    module = shuffled(FathomRMSNorm(width), dtype)
+    assert_close(*both_ways(module, x, calls="rms_norm", monkeypatch=monkeypatch), dtype)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rows", [1, 2], ids=["shared-positions", "own-positions"])
+def test_rotation_of_a_part_of_every_head(dtype, interleaved, rows):
+    x = torch.randn(2, 3, 4, 20).to(dtype)
+    angles = torch.randn(rows, 3, 4)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    with torch.no_grad():
+        found = fused.kernels_for(False, 6, x).norm_rotate(x, cos, sin, first=6, interleaved=interleaved)
+    turned = apply_rotary(x[..., 6:14].transpose(1, 2).float(), cos.float(), sin.float(), interleaved).transpose(1, 2)
+    assert_close(found, torch.cat((x[..., :6].float(), turned, x[..., 14:].float()), -1), dtype)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+def test_rotation_of_the_end(dtype, backwards, norm_eps):
+    x = torch.randn(2, 3, 4, 20).to(dtype).transpose(1, 2)
+    angles = torch.randn(2, 3, 4)
+    arguments = x, angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = rotate_end(*arguments, training=False, backwards=backwards, norm_eps=norm_eps)
+    with torch.no_grad():
+        assert_close(rotate_end(*arguments, training=False, backwards=backwards, norm_eps=norm_eps), expected, dtype)
+
+
+def mla(kind=MultiHeadLatentAttention, **settings) -> MultiHeadLatentAttention:
+    return kind(FathomConfig.preset("v3.2", attn_implementation="sdpa", index_topk=40, **settings), 0)
+
+
+def visible_keys(batch: int, tokens: int, keys: int) -> torch.Tensor:
+    """Causal, some more keys hidden, and a query that sees nothing."""
+    mask = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens).expand(batch, 1, tokens, keys).clone()
+    mask &= torch.rand(mask.shape) < 0.7
+    mask[..., -tokens] = True
+    mask[-1, :, 0] = False
+    return mask
+
+
+# Keys of one task, of several, and a number that is no multiple of anything.
+@pytest.mark.parametrize("keys", [9, 64, 1333])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_over_latents(dtype, keys, tokens, masked):
+    attention = shuffled(mla(), dtype)
+    width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    # A part of a larger buffer, as caches give it.
+    latents = torch.randn(2, 1, keys + 7, width).to(dtype)[:, :, :keys]
+    query = torch.randn(2, tokens, attention.num_heads, attention.qk_head_dim).to(dtype).transpose(1, 2)
+    mask = visible_keys(2, tokens, keys) if masked else None
+    expected, _ = attention.absorbed_attention(query, latents, mask)
+    with torch.no_grad():
+        found = attention.fused_attention(query, latents, None if mask is None else mask[:, 0])
+    assert found is not None
+    used = torch.ones(2, tokens, 1, dtype=torch.bool) if mask is None else mask.any(-1).transpose(1, 2)
+    assert_close(found * used, expected * used, dtype)
+    assert found.isfinite().all()
+
+
+def test_attention_over_chosen_latents(dtype):
+    attention = shuffled(mla(), dtype)
+    width = attention.kv_lora_rank + attention.qk_rope_head_dim
+    latents = torch.randn(2, 1, 300, width).to(dtype)
+    query = torch.randn(2, 3, attention.num_heads, attention.qk_head_dim).to(dtype).transpose(1, 2)
+    chosen = torch.stack([torch.randperm(300)[:70] for _ in range(6)]).view(2, 3, 70)
+    visible = torch.rand(2, 3, 70) < 0.6
+    mask = torch.zeros(2, 3, 300, dtype=torch.bool).scatter(2, chosen, visible).unsqueeze(1)
+    with torch.no_grad():
+        found = attention.fused_attention(query, latents, visible, chosen)
+    assert_close(found, attention.absorbed_attention(query, latents, mask)[0], dtype)
+
+
+@pytest.mark.parametrize("keys", [5, 700])
+def test_attention_with_sinks(dtype, keys):
+    query = torch.randn(2, 3, 4, 20).to(dtype)
+    both, sinks = torch.randn(2, keys, 20).to(dtype), torch.randn(4).to(dtype)
+    visible = torch.rand(2, 3, keys) < 0.5
+    visible[0, 0] = False
+    with torch.no_grad():
+        found = fused.kernels_for(False, 6, query).attend_shared(query, both, fused.seen(visible), sinks, 0.3)
+    expected, _ = eager_with_sinks(query.transpose(1, 2).float(), both.float(), visible, sinks.float(), 0.3)
+    assert_close(found, expected.transpose(1, 2), dtype)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("ties", [False, True])
+def test_choice_of_keys(dtype, masked, ties):
+    """The same keys, also where most scores are 0: numbers that both ways add up to exactly the same."""
+    batch, tokens, heads, width, keys, top_k = 2, 3, 4, 8, 900, 50
+    whole = (lambda *shape: torch.randint(-3, 4, shape).to(dtype)) if ties else (lambda *s: torch.randn(s).to(dtype))
+    query, cached, hidden = whole(batch, tokens, heads, width), whole(batch, keys, width), whole(batch, tokens, 16)
+    if ties:
+        cached[:, ::3] = 0
+    # 16 = sqrt(J D / 8)^2 in weights keeps them exact in bf16, too.
+    weight = torch.eye(heads, 16).to(dtype)
+    mask = visible_keys(batch, tokens, keys)[:, 0] if masked else None
+    with torch.no_grad():
+        chosen, sees = fused.kernels_for(False, 6, query).choose_keys(
+            query, cached, hidden, weight, fused.seen(mask), top_k
+        )
+    weights = (hidden.float() @ weight.float().T) * (heads * width) ** -0.5
+    scores = index_scores(query.transpose(1, 2), cached, weights)
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    expected = best_of(scores, top_k)
+    found = torch.zeros_like(expected).scatter(2, chosen, sees)
+    assert torch.equal(found, expected if mask is None else expected & mask)
+    assert (chosen.diff(dim=-1) > 0).all()
+
+
+ROUTERS = {
+    "softmax": {"scoring_func": "softmax", "topk_method": "greedy"},
+    "groups": {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "sigmoid": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "sigmoid-groups": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2},
+    "sqrtsoftplus": {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc"},
+}
+
+
+@pytest.mark.parametrize("kind", list(ROUTERS))
+@pytest.mark.parametrize("normalises", [True, False])
+def test_routing(dtype, kind, normalises, monkeypatch):
+    settings = {"n_group": 1, "topk_group": 1, "norm_topk_prob": normalises, **ROUTERS[kind]}
+    router = shuffled(TopKRouter(FathomConfig.preset("v3", routed_scaling_factor=2.5, **settings)), dtype)
+    if router.e_score_correction_bias is not None:
+        router.e_score_correction_bias.normal_(std=0.1)
+    x = torch.randn(9, 256).to(dtype)
+    found, expected = both_ways(router, x, calls="route", monkeypatch=monkeypatch)
+    assert_close(found[0], expected[0], torch.float32)
+    dense = [torch.zeros_like(logits).scatter(1, indices, weights) for logits, weights, indices in (found, expected)]
+    assert_close(*dense, torch.float32)
+    assert found[2].dtype == torch.int64
+
+
+def test_routing_by_token_id(dtype, monkeypatch):
+    router = shuffled(HashRouter(FathomConfig.preset("v4")), dtype)
+    router.reset_table()
+    # A column of a larger batch: ids that do not stand side by side.
+    ids = torch.randint(0, 4096, (9, 5))[:, 2]
+    found, expected = both_ways(router, torch.randn(9, 256).to(dtype), ids, calls="route", monkeypatch=monkeypatch)
+    assert torch.equal(found[2], expected[2])
+    assert_close(found[1], expected[1], torch.float32)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts(dtype, limit, tokens, monkeypatch):
+    settings = {"swiglu_limit": limit, "experts_implementation": "sorted_mm", "moe_intermediate_size": 40}
+    experts = shuffled(RoutedExperts(FathomConfig.preset("v3", **settings)), dtype)
+    x = torch.randn(tokens, 256).to(dtype)
+    indices = torch.stack([torch.randperm(16)[:4] for _ in range(tokens)])
+    arguments = x, indices, torch.rand(tokens, 4)
+    assert_close(*both_ways(experts, *arguments, calls="mix_experts", monkeypatch=monkeypatch), dtype)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_feed_forward(dtype, limit, monkeypatch):
+    module = shuffled(FeedForward(FathomConfig.preset("v3", swiglu_limit=limit), 90), dtype)
+    assert_close(
+        *both_ways(module, torch.randn(2, 3, 256).to(dtype), calls="mix_channels", monkeypatch=monkeypatch), dtype
+    )
+
+
+def test_another_activation_is_left_to_its_definition():
+    with torch.no_grad():
+        assert not FeedForward(FathomConfig.preset("v3", hidden_act="gelu"), 90).is_swiglu
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_hyper_connections(dtype, streams, monkeypatch):
+    connection = shuffled(HyperConnection(FathomConfig.preset("v4", hc_mult=streams)), dtype)
+    x, output = torch.randn(2, 3, streams, 256).to(dtype), torch.randn(2, 3, 256).to(dtype)
+    (read, mixing), (expected, expected_mixing) = both_ways(
+        connection, x, calls="read_streams", monkeypatch=monkeypatch
+    )
+    assert_close(read, expected, dtype)
+    # Followed by many exponentials, and in fp32 both ways, of the same rounded numbers.
+    for found, wanted in zip(mixing, expected_mixing, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+    written, expected = both_ways(
+        lambda: connection.write(x, output, expected_mixing._replace(post=mixing.post.detach())),
+        calls="write_streams",
+        monkeypatch=monkeypatch,
+    )
+    assert_close(written, expected, dtype)
+
+
+@pytest.mark.parametrize("generation", ["moe", "v2", "v3", "v3.2", "v4"])
+def test_steps_of_every_generation(generation, monkeypatch):
+    """One token at a time and a few, rows padded on the left: the same logits with and without native functions."""
+    torch.manual_seed(0)
+    config = FathomConfig.preset(generation, num_nextn_predict_layers=0)
+    model = FathomForCausalLM(config).eval()
+    ids, mask = torch.randint(5, 4000, (2, 200)), torch.ones(2, 200, dtype=torch.int64)
+    mask[1, :17] = 0
+    logits = []
+    for tokens in (fused.FEW_TOKENS, 0):
+        monkeypatch.setattr(fused, "FEW_TOKENS", tokens)
+        with torch.no_grad():
+            read = 180
+            cache = model(ids[:, :read], attention_mask=mask[:, :read], use_cache=True).past_key_values
+            steps = []
+            for count in (1, 1, 3, 1, 8, 1, 1, 4):
+                step = slice(read, read + count)
+                output = model(ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache, use_cache=True)
+                steps.append(output.logits)
+                read += count
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits, atol=5e-6, rtol=0)
+
+
+# Not V4, where entries and the sum of the streams are PyTorch's.
+@pytest.mark.parametrize("generation", ["v3", "v3.2"])
+def test_tokens_do_not_depend_on_those_beside_them(generation, dtype):
+    """Read one by one, three at once and in a batch: the same to the last bit, whatever the number of threads."""
+    model = FathomForCausalLM(FathomConfig.preset(generation, num_nextn_predict_layers=0)).eval().to(dtype)
+    ids = torch.randint(5, 4000, (1, 163))
+    results = []
+    threads = torch.get_num_threads()
+    for steps, rows, using in (([1, 1, 1], 1, 1), ([3], 1, 2), ([1, 1, 1], 4, 2)):
+        with torch.no_grad():
+            cache = model(ids[:, :160], use_cache=True).past_key_values
+            torch.set_num_threads(using)
+            cache.batch_repeat_interleave(rows)
+            read, logits = 160, []
+            for count in steps:
+                chunk = ids[:, read : read + count].expand(rows, -1)
+                logits.append(model(chunk, past_key_values=cache, use_cache=True).logits[:1])
+                read += count
+        torch.set_num_threads(threads)
+        results.append(torch.cat(logits, dim=1))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_what_is_not_served():
+    """Gradients, training, many tokens, autocast, other dtypes, strided and meta tensors, subclasses, graphs."""
+    x = torch.randn(2, 3, 16)
+    assert fused.kernels_for(False, 6, x) is None  # gradients are enabled
+    with torch.no_grad():
+        assert fused.kernels_for(False, 6, x) is not None
+        assert fused.kernels_for(True, 6, x) is None
+        assert fused.kernels_for(False, fused.FEW_TOKENS + 1, x) is None
+        assert fused.kernels_for(False, 6, x.half()) is None
+        assert fused.kernels_for(False, 6, x, x.bfloat16()) is None
+        assert fused.kernels_for(False, 6, x.transpose(1, 2)) is None
+        assert fused.kernels_for(False, 6, x.to("meta")) is None
+        assert fused.kernels_for(False, 6, x, nn.Buffer(x)) is not None
+        assert fused.kernels_for(False, 6, x.as_subclass(type("Quantised", (torch.Tensor,), {}))) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused.kernels_for(False, 6, x) is None
+        found = []
+        torch.jit.trace(lambda x: found.append(fused.kernels_for(False, 6, x)) or x, x, check_trace=False)
+        assert found == [None]
+
+
+def test_a_map_with_a_hook_a_bias_or_an_adapter_is_called():
+    linear = nn.Linear(16, 8, bias=False)
+    assert fused.is_plain(linear)
+    assert not fused.is_plain(nn.Linear(16, 8))
+    assert not fused.is_plain(nn.Sequential(linear))
+    handle = linear.register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(1, 1, 16)
+    with torch.no_grad():
+        (output,) = fused.project(x, linear)
+        handle.remove()
+        torch.testing.assert_close(output, linear(x) + 1)
+        assert fused.is_plain(linear)
+
+
+def test_masks_are_read_as_they_are_stored():
+    mask = torch.rand(2, 3, 5) < 0.5
+    assert fused.seen(None) == (None, 0, 0)
+    assert fused.seen(mask) == (mask.data_ptr(), 15, 5)
+    assert fused.seen(mask[:1].expand(2, -1, -1)) == (mask.data_ptr(), 0, 5)
+    assert fused.seen(mask.float()) is None
+    assert fused.seen(mask.transpose(1, 2)) is None
+
+
+SILENT = "import torch\nfrom fathom.modeling import native\nprint(native.wait(), len(native._builds))"
+
+
+def run(code: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "CXX"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_or_unwanted_nothing_is_native(tmp_path):
+    home = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert run(SILENT, FATHOM_KERNELS="0", **home) == "False 2"
+    assert run(SILENT, PATH=str(tmp_path), **home) == "False 2"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_is_kept_and_a_broken_compiler_is_survived(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo 1 || exit 1\n")
+    broken.chmod(0o755)
+    assert run(SILENT, CXX=str(broken), XDG_CACHE_HOME=str(tmp_path / "none")) == "False 2"
+    assert not list((tmp_path / "none").rglob("*.so"))
+    home = tmp_path / "home"
+    code = "import torch\nfrom fathom.modeling import native\nprint(native.wait(torch.float32))"
+    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
+    (kept,) = [path for path in home.rglob("*") if path.is_file()]
+    built = kept.stat().st_mtime_ns
+    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
+    assert kept.stat().st_mtime_ns == built
+
+
+def test_pytorch_serves_until_the_build_is_done(monkeypatch):
+    """A first step does not wait."""
+    begin = threading.Event()
+    monkeypatch.setattr(native, "_libraries", {})
+    monkeypatch.setattr(native, "_builds", {})
+    monkeypatch.setattr(fused, "_kernels", {})
+    built = native._built
+    monkeypatch.setattr(native, "_built", lambda number: begin.wait(60) and built(number))
+    x = torch.randn(1, 1, 16)
+    with torch.no_grad():
+        assert fused.kernels_for(False, 1, x) is None
+        begin.set()
+        assert native.wait(torch.float32)
+        assert fused.kernels_for(False, 1, x) is not None
+
+
+def test_sparse_steps_are_native(monkeypatch):
+    """Where a layer has more keys than it reads, choice and attention are both native."""
+    called = []
+    for name in ("choose_keys", "attend_latents"):
+        original = getattr(fused.Kernels, name)
+        monkeypatch.setattr(
+            fused.Kernels, name, lambda *args, n=name, o=original, **kw: called.append(n) or o(*args, **kw)
+        )
+    model = FathomForCausalLM(FathomConfig.preset("v3.2", index_topk=8, num_nextn_predict_layers=0)).eval()
+    assert isinstance(model.model.layers[0].self_attn, DeepseekSparseAttention)
+    ids = torch.randint(5, 4000, (1, 21))
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        called.clear()
+        model(ids[:, 20:], past_key_values=cache, use_cache=True)
+    assert called == ["choose_keys", "attend_latents"] * 4
