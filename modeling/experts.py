@@ -36,7 +36,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
-from .fused import SCORING_NUMBERS, SILU, kernels_for
+from .fused import FEW_TOKENS, SCORING_NUMBERS, SILU, kernels_for
 from .precision import KeepsFloat32Buffers, float32_linear
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -238,6 +238,9 @@ def sorted_mm_experts_forward(
     it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
     each expert.
     """
+    few = not torch.is_grad_enabled() and len(indices) <= FEW_TOKENS and hidden_states.device.type == "cpu"
+    if torch.compiler.is_compiling() and few and not experts._is_expert_parallel:
+        return _experts_in_one_loop(experts, hidden_states, indices, weights)
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
     if experts._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel():
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
@@ -276,6 +279,20 @@ def _experts_one_by_one(
     inner = (inner * weights.to(inner.dtype).view(-1, 1)).split(1)
     outputs = [F.linear(row, experts.down_proj[expert]) for row, expert in zip(inner, chosen, strict=True)]
     return torch.cat(outputs).view(*indices.shape, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _experts_in_one_loop(
+    experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same for a compiled step of a few tokens on a CPU: gathering, product and sum become one loop over weights.
+
+    Grouped products there are one by one, those of experts without tokens too. Without compilation this would copy the
+    weights of all chosen experts.
+    """
+    inner = (experts.gate_up_proj[indices].float() * hidden_states[:, None, None].float()).sum(dim=-1)  # [N, K, 2 I]
+    inner = experts._apply_gate(inner) * weights.unsqueeze(-1)
+    outputs = (experts.down_proj[indices].float() * inner.unsqueeze(2)).sum(dim=-1)  # [N, K, d]
+    return outputs.sum(dim=1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)

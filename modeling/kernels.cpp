@@ -29,7 +29,7 @@ using Number = NUMBER;
 using Size = int64_t;
 
 // Multiplications below which a second thread takes longer to wake than it saves.
-constexpr Size WORTH_A_THREAD = 1 << 16;
+constexpr Size WORTH_A_THREAD = 1 << 18;
 constexpr Size ROWS = 16;             // of a matrix, that a thread takes at a time
 constexpr Size KEYS = 64;             // that are widened and scored at a time
 constexpr Size KEYS_A_TASK = 512;     // that a thread takes at a time

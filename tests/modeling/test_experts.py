@@ -356,3 +356,18 @@ def test_balance_loss_of_the_model_is_the_weighted_sum_over_layers():
     assert trained.model(tokens()).balance_loss.item() == pytest.approx(0.5 * main, rel=1e-4)
     assert outputs.balance_loss.item() > 0.5 * main  # and the MTP layer's
     assert trained.eval()(tokens(), labels=tokens()).balance_loss is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 0.1])
+def test_the_loop_of_a_compiled_step(limit):
+    """Experts of a step of a few tokens as one loop over their weights, which is meant for a compiled graph."""
+    eager = mixture("eager", n_routed_experts=16, swiglu_limit=limit)
+    hidden = torch.randn(5, 64)
+    _, weights, indices = eager.gate(hidden)
+    expected = eager.experts(hidden, indices, weights)
+    torch.testing.assert_close(experts_module._experts_in_one_loop(eager.experts, hidden, indices, weights), expected)
+    compiled = mixture("sorted_mm", n_routed_experts=16, swiglu_limit=limit)
+    torch._dynamo.reset()
+    found = torch.compile(compiled.experts, fullgraph=True, backend="aot_eager")(hidden, indices, weights)
+    torch.testing.assert_close(found, expected)
