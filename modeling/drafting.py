@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import FathomDynamicCache, cache_layer
+from .fused import project
 
 PLAIN_STEPS = 3  # whose median is the cost of plain decoding
 DRAFT_STEPS = 16  # that are looked back on to compare with it
@@ -242,7 +243,8 @@ class DraftDecoder:
             use_cache=True,
         )
         self.figures["forwards"] += 1
-        return outputs.final_states, self.model.lm_head(outputs.last_hidden_state[:, -logits:]).float()
+        (newest,) = project(outputs.last_hidden_state[:, -logits:], self.model.lm_head)
+        return outputs.final_states, newest.float()
 
     def scores(self, logits: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Logits [B, T, V] after the processors, every one with the text before it, drafts included."""
@@ -324,7 +326,8 @@ class DraftDecoder:
                 inputs.pop("position_ids")
             guess = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
             states = guess.states
-            scores = self.scores(self.model.lm_head(guess.hidden_states[rows, last]).float(), first=depth - 1)[:, 0]
+            (logits,) = project(guess.hidden_states[rows, last], self.model.lm_head)
+            scores = self.scores(logits.float(), first=depth - 1)[:, 0]
             draft = scores.argmax(dim=-1)
             if self.samples:
                 self.draft_probabilities.append(scores.softmax(dim=-1))

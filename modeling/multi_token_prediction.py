@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoder_layer import FathomDecoderLayer
+from .fused import project
 from .hyper_connections import StreamCollapse
 from .normalization import FathomRMSNorm
 
@@ -80,7 +81,7 @@ class MultiTokenPredictionLayer(FathomDecoderLayer):
         embeds, states = self.enorm(next_embeds), self.hnorm(states)
         if self.has_streams:
             return self.e_proj(embeds).unsqueeze(2) + self.h_proj(states)
-        return self.eh_proj(torch.cat((embeds, states), dim=-1))
+        return project(torch.cat((embeds, states), dim=-1), self.eh_proj)[0]
 
 
 def look_ahead(values: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:
