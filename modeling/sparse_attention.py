@@ -27,9 +27,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .attention import MixerOutput, MultiHeadLatentAttention
+from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
 from .indexing import (
     TrainableIndexer,
+    best_keys,
     best_of,
     head_summed_attention,
     head_weights,
@@ -38,6 +39,12 @@ from .indexing import (
 )
 from .precision import Float32Linear
 from .rotary import apply_rotary
+
+# Queries that are read at a time where a text is long.
+QUERIES_AT_ONCE = 256
+# Numbers of chosen latents that are held at a time: on a CPU what its cache holds, elsewhere 128 MiB in bf16.
+LATENTS_IN_CACHE = 2**20
+LATENTS_AT_ONCE = 2**26
 
 
 class LightningIndexer(TrainableIndexer):
@@ -114,6 +121,10 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
 
         attend, report = self.attend_latents, None
         selects = latents.shape[2] > self.index_topk and not self.index_dense
+        if selects and not reports and self.parts_pay(q_nope):
+            choice = partial(self.choice, hidden_states, q_latent, index_keys, position_embeddings)
+            output, weights = self.attend_in_parts(q_nope, q_pe, latents, attention_mask, choice, **kwargs)
+            return MixerOutput(self.o_proj(output), weights)
         if selects or reports:
             with torch.set_grad_enabled(learns):
                 scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
@@ -137,6 +148,109 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             query, (keys, _) = torch.cat((q_nope, q_pe), dim=-1), self.expand(latents)
         attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
         return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
+
+    def parts_pay(self, q_nope: torch.Tensor) -> bool:
+        """Whether a text is so long that it is read in parts. `eager` is the reference, and has all weights at once.
+
+        Nor does a compiled graph: which keys a part needs depends on the data.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        return sdpa and not torch.compiler.is_compiling() and q_nope.shape[2] > QUERIES_AT_ONCE
+
+    @torch.no_grad()
+    def choice(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        index_keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        part: slice,
+        visible: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a `part` of the queries reads of its `visible` keys, bool [B or 1, t, S], as `best_keys` says it."""
+        cos, sin = position_embeddings
+        scores = self.indexer.scores(
+            hidden_states[:, part],
+            q_latent[:, part],
+            index_keys[:, :, : visible.shape[-1]],
+            (cos[:, part], sin[:, part]),
+        )
+        return best_keys(scores.masked_fill_(~visible, float("-inf")), self.index_topk)
+
+    def attend_in_parts(
+        self, q_nope, q_pe, latents, attention_mask, choice, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Chooses and attends for some queries at a time, among the keys up to the last that they may see.
+
+        So neither scores nor masks grow with the square of T. Returns [B, T, H * D_v] and None.
+
+        Args:
+            choice: see there; for a part of the queries and the keys that they see.
+        """
+        query, expanded = torch.cat((q_nope, q_pe), dim=-1), None
+        outputs = []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            part = slice(start, min(start + QUERIES_AT_ONCE, query.shape[2]))
+            visible = visible_to_part(attention_mask, part, latents)
+            seen = visible.shape[-1]
+            mask = visible.unsqueeze(1)
+            if seen > self.index_topk:
+                indices, hidden = choice(part, visible)
+                if self.reading_alone_pays(seen):
+                    outputs.append(self.read_chosen(q_nope[:, :, part], q_pe[:, :, part], latents, indices, hidden))
+                    continue
+                added = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+                mask = added.new_full((*added.shape[:-1], seen), float("-inf")).scatter_(-1, indices, added)
+                mask = mask.unsqueeze(1)
+            if expanded is None:
+                expanded = self.expand(latents)
+            key, value = expanded
+            output, _ = self.attend_expanded(query[:, :, part], key[:, :, :seen], value[:, :, :seen], mask, **kwargs)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), None
+
+    def reading_alone_pays(self, seen: int) -> bool:
+        """Whether queries rather read their chosen latents, each its own, than all `seen` keys under a mask.
+
+        A chosen latent is copied and multiplied by its query alone: measured at nano's and at DeepSeek's proportions of
+        the widths, a number of it costs about twice one of a key that all queries read. A gradient would have to be
+        added up row by row.
+        """
+        if torch.is_grad_enabled() or not self.knows_expansion():
+            return False
+        return 2 * self.index_topk * (self.kv_lora_rank + self.qk_rope_head_dim) < seen * self.qk_head_dim
+
+    def read_chosen(self, q_nope, q_pe, latents, indices: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Attention of every query to latents of its own.
+
+        Args:
+            q_nope: [B, H, T, D]. q_pe: [B, H, T, P]. latents: [B, 1, S, R + P].
+            indices: [B, T, K], of latents. hidden: bool [B, T, K], which of those are not to be seen.
+
+        Returns:
+            [B, T, H * D_v].
+        """
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        )  # [H, D, R], [H, D_v, R]
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).transpose(1, 2).flatten(0, 1)  # [B T, H, R + P]
+        batch, _, keys, width = latents.shape
+        first = torch.arange(batch, device=indices.device) * keys
+        rows = (indices + first[:, None, None]).flatten(0, 1)  # [B T, K], of the sequences one after the other
+        latents, hidden = latents.reshape(batch * keys, width), hidden.flatten(0, 1)
+        at_once = LATENTS_IN_CACHE if latents.device.type == "cpu" else LATENTS_AT_ONCE
+        count = max(1, at_once // (rows.shape[1] * width))
+        outputs = []
+        for some_queries, some_rows, unseen in zip(
+            query.split(count), rows.split(count), hidden.split(count), strict=True
+        ):
+            chosen = latents.index_select(0, some_rows.flatten()).view(*some_rows.shape, width)  # [t, K, R + P]
+            output, _ = eager_with_shared_key(
+                some_queries.unsqueeze(2), chosen.unsqueeze(1), ~unseen[:, None, None], self.scaling
+            )
+            outputs.append(output[..., : self.kv_lora_rank])  # [t, H, 1, R]
+        output = torch.cat(outputs).view(batch, -1, self.num_heads, self.kv_lora_rank).transpose(1, 2)
+        return (output @ w_uv.transpose(-1, -2)).transpose(1, 2).flatten(2)
 
     def gathering_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.
@@ -192,6 +306,22 @@ def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: 
     if attention_mask.dtype == torch.bool:
         return attention_mask & best_of(scores.masked_fill(~attention_mask, float("-inf")), top_k)
     return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
+
+
+def visible_to_part(attention_mask: torch.Tensor | None, part: slice, latents: torch.Tensor) -> torch.Tensor:
+    """The keys that a part of the queries may see, bool [B or 1, t, S'], without those beyond the last of them.
+
+    Args:
+        attention_mask: as in `keep_best`. part: of the queries. latents: all keys, [B, 1, S, R + P].
+    """
+    if attention_mask is None:
+        visible = torch.ones(part.stop - part.start, part.stop, dtype=torch.bool, device=latents.device)
+        return visible.tril_(part.start).unsqueeze(0)
+    visible = attention_mask[:, 0, part]
+    if visible.dtype != torch.bool:
+        visible = visible > _hidden(visible)
+    seen = visible.any(dim=0).any(dim=0).nonzero()
+    return visible[..., : int(seen[-1]) + 1 if len(seen) else 1]
 
 
 def visible_keys(attention_mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
