@@ -123,6 +123,13 @@ def best_keys(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
     return indices, hidden
 
 
+def rows_at(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows [B, S, n] at indices [B, T, K] -> [B, T, K, n]."""
+    batch, keys, width = rows.shape
+    first = torch.arange(batch, device=indices.device)[:, None, None] * keys
+    return rows.reshape(-1, width).index_select(0, (indices + first).flatten()).view(*indices.shape, width)
+
+
 def best_of(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     """True at the `top_k` largest of the last dimension, exactly; of equal ones the last are taken."""
     if scores.shape[-1] <= top_k:

@@ -36,6 +36,7 @@ from .indexing import (
     head_weights,
     index_scores,
     indexer_report,
+    rows_at,
 )
 from .precision import Float32Linear
 from .rotary import apply_rotary
@@ -233,23 +234,20 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=1
         )  # [H, D, R], [H, D_v, R]
-        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).transpose(1, 2).flatten(0, 1)  # [B T, H, R + P]
-        batch, _, keys, width = latents.shape
-        first = torch.arange(batch, device=indices.device) * keys
-        rows = (indices + first[:, None, None]).flatten(0, 1)  # [B T, K], of the sequences one after the other
-        latents, hidden = latents.reshape(batch * keys, width), hidden.flatten(0, 1)
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).transpose(1, 2)  # [B, T, H, R + P]
+        batch, _, _, width = latents.shape
+        latents = latents.squeeze(1).contiguous()
         at_once = LATENTS_IN_CACHE if latents.device.type == "cpu" else LATENTS_AT_ONCE
-        count = max(1, at_once // (rows.shape[1] * width))
+        rows = max(1, at_once // (indices[:, 0].numel() * width))
         outputs = []
-        for some_queries, some_rows, unseen in zip(
-            query.split(count), rows.split(count), hidden.split(count), strict=True
+        for some_queries, some, unseen in zip(
+            query.split(rows, dim=1), indices.split(rows, dim=1), hidden.split(rows, dim=1), strict=True
         ):
-            chosen = latents.index_select(0, some_rows.flatten()).view(*some_rows.shape, width)  # [t, K, R + P]
-            output, _ = eager_with_shared_key(
-                some_queries.unsqueeze(2), chosen.unsqueeze(1), ~unseen[:, None, None], self.scaling
-            )
-            outputs.append(output[..., : self.kv_lora_rank])  # [t, H, 1, R]
-        output = torch.cat(outputs).view(batch, -1, self.num_heads, self.kv_lora_rank).transpose(1, 2)
+            chosen = rows_at(latents, some).flatten(0, 1).unsqueeze(1)  # [B t, 1, K, R + P]
+            visible = ~unseen.flatten(0, 1)[:, None, None]
+            output, _ = eager_with_shared_key(some_queries.flatten(0, 1).unsqueeze(2), chosen, visible, self.scaling)
+            outputs.append(output[..., 0, : self.kv_lora_rank].unflatten(0, (batch, -1)))  # [B, t, H, R]
+        output = torch.cat(outputs, dim=1).transpose(1, 2)
         return (output @ w_uv.transpose(-1, -2)).transpose(1, 2).flatten(2)
 
     def gathering_pays(self, q_nope: torch.Tensor, latents: torch.Tensor) -> bool:
