@@ -276,7 +276,10 @@ class MultiHeadLatentAttention(FathomAttention):
 
     def expanded_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""
-        key, value = self.expand(latents)
+        return self.attend_expanded(query, *self.expand(latents), attention_mask, **kwargs)
+
+    def attend_expanded(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries [B, H, T, D + P] over keys and values as `expand` returns them -> [B, T, H * D_v] and weights."""
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
         if self.config._attn_implementation != "sdpa" or padding <= 0:

@@ -31,6 +31,8 @@ Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H h
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +46,13 @@ from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
 from .fused import kernels_for, project, seen
 from .indexing import (
     TrainableIndexer,
+    best_keys,
     best_of,
     head_summed_attention,
     head_weights,
     index_scores,
     indexer_report,
+    rows_at,
 )
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
@@ -265,6 +269,7 @@ class SlidingWindowAttention(FathomAttention):
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(self.num_heads))
         self.index_dense = config.index_dense
+        self.index_topk = config.index_topk
         self.compressor = self.make_compressor(config)
         self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
 
@@ -308,27 +313,31 @@ class SlidingWindowAttention(FathomAttention):
             streams = layer.append_tokens(**streams)
         keys = streams["window"]  # [B, S, D]
         key_places = streams["places"][:, -keys.shape[1] :]
-        entries, chosen = keys[:, :0], places.new_zeros((*places.shape, 0), dtype=torch.bool)
-        report = None
+        entries = {"compressor": keys[:, :0], "places": key_places[:, :0]}
         if self.compressor is not None:
-            all_entries = self.entries(streams, places, layer)
-            entries = all_entries["compressor"]
-            visible = self.visible_entries(places, all_entries["places"])
-            # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
-            with torch.set_grad_enabled(report_indexer and torch.is_grad_enabled()):
-                scores = self.scores(hidden_states, q_latent, all_entries, rotation, report_indexer)
-            chosen = visible if scores is None else self.choose(scores, visible)
-            if report_indexer and scores is not None and self.compressor.indexer.has_report():
-                report = self.report(query, places, keys, key_places, entries, visible, chosen, scores)
-            if self.index_dense:
-                chosen = visible
-            elif scores is not None and self.reads_one_query(query):
-                entries, chosen = only_chosen(entries, chosen, self.compressor.indexer.index_topk)
+            entries = self.entries(streams, places, layer)
         if past_key_values is not None:
             past_key_values.release(self.layer_idx)
 
-        attend = self.attend_in_parts if self.parts_pay(query) else self.attend_with_sinks
-        output, weights = attend(query, places, keys, key_places, entries, chosen)
+        report = None
+        select = partial(self.select, hidden_states, q_latent, rotation, places, entries)
+        if self.parts_pay(query) and not report_indexer:
+            output, weights = self.attend_in_parts(query, places, keys, key_places, entries, select), None
+        else:
+            read = entries["compressor"]
+            visible, scores = select(slice(None), read.shape[1], report_indexer)
+            chosen = visible if scores is None else self.choose(scores, visible)
+            if report_indexer and scores is not None and self.has_report():
+                report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
+            if self.index_dense:
+                chosen = visible
+            elif scores is not None and self.reads_one_query(query):
+                read, chosen = only_chosen(read, chosen, self.index_topk)
+            if self.parts_pay(query):
+                selected = partial(part_of_selection, chosen)
+                output, weights = self.attend_in_parts(query, places, keys, key_places, entries, selected), None
+            else:
+                output, weights = self.attend_with_sinks(query, places, keys, key_places, read, chosen)
         if weights is None and kwargs.get("output_attentions"):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
@@ -394,21 +403,74 @@ class SlidingWindowAttention(FathomAttention):
         return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
 
     def attend_in_parts(
-        self, query, places, keys, key_places, entries, chosen
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same as `attend_with_sinks`, for some queries at a time and the keys near them.
+        self,
+        query: torch.Tensor,
+        places: torch.Tensor,
+        keys: torch.Tensor,
+        key_places: torch.Tensor,
+        entries: dict[str, torch.Tensor],
+        select: Callable[[slice, int], tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> torch.Tensor:
+        """The same as `attend_with_sinks`, for some queries at a time, the keys near them and the entries before them.
 
-        So neither products nor masks grow with the square of T.
+        So neither scores nor products nor masks grow with the square of T.
+
+        Args:
+            query, places, keys, key_places: as in `attend_with_sinks`.
+            entries: as `self.entries` returns them.
+            select: see there; for a part of the queries and a number of entries.
+
+        Returns:
+            [B, H, T, D].
         """
         outputs = []
         for start in range(0, query.shape[2], QUERIES_AT_ONCE):
             part = slice(start, start + QUERIES_AT_ONCE)
             near = reach(places[:, part], key_places, self.window)
-            output, _ = self.attend_with_sinks(
-                query[:, :, part], places[:, part], keys[:, near], key_places[:, near], entries, chosen[:, part]
-            )
+            count = reach(places[:, part], entries["places"], window=None).stop
+            read = entries["compressor"][:, :count]
+            some = query[:, :, part], places[:, part], keys[:, near], key_places[:, near], read
+            visible, scores = select(part, count)
+            if scores is None:
+                output, _ = self.attend_with_sinks(*some, visible)
+            else:
+                indices, hidden = best_keys(scores.masked_fill(~visible, float("-inf")), self.index_topk)
+                if self.reading_alone_pays(count):
+                    output = self.attend_alone(*some, indices, hidden)
+                else:
+                    output, _ = self.attend_with_sinks(*some, torch.zeros_like(visible).scatter_(-1, indices, ~hidden))
             outputs.append(output)
-        return torch.cat(outputs, dim=2), None
+        return torch.cat(outputs, dim=2)
+
+    def reading_alone_pays(self, entries: int) -> bool:
+        """Whether queries rather read their chosen entries, each its own, than all that any of them sees.
+
+        A chosen entry is copied and multiplied by its query alone, which costs more per number. A gradient would have
+        to be added up row by row, and weights that are dropped out are those of the other way.
+        """
+        return not torch.is_grad_enabled() and 4 * self.index_topk < entries
+
+    def attend_alone(self, query, places, keys, key_places, entries, indices, hidden) -> torch.Tensor:
+        """As `attend_with_sinks` by the definition, with entries of every query's own.
+
+        Args:
+            indices: [B, T, K], of entries. hidden: bool [B, T, K], which of those are not to be seen.
+
+        Returns:
+            [B, H, T, D].
+        """
+        by_query = query.transpose(1, 2)  # [B, T, H, D]
+        alone = rows_at(entries, indices)  # [B, T, K, D]
+        near = (query.flatten(1, 2) @ keys.transpose(-1, -2)).unflatten(1, query.shape[1:3])  # [B, H, T, S]
+        far = (by_query @ alone.transpose(-1, -2)).transpose(1, 2)  # [B, H, T, K]
+        sinks = self.sinks.view(1, -1, 1, 1).expand(*near.shape[:-1], 1)
+        visible = torch.cat((self.near(places, key_places), ~hidden), dim=2).unsqueeze(1)
+        scores = torch.cat((near, far), dim=-1).float() * self.scaling
+        scores = scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+        weights = torch.cat((scores, sinks.float()), dim=-1).softmax(dim=-1).to(query.dtype)
+        near, far, _ = weights.split([keys.shape[1], indices.shape[-1], 1], dim=-1)
+        output = (near.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3])
+        return output + (far.transpose(1, 2) @ alone).transpose(1, 2)
 
     def contributions(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the new tokens contribute to entries, by compressor: {name: [B, T, W]}."""
@@ -450,6 +512,32 @@ class SlidingWindowAttention(FathomAttention):
         # A padding token stands NOWHERE as well; it must not see the gaps, whose number depends on other rows.
         return (entry <= query) & (entry >= query - query % DOCUMENT) & (entry != NOWHERE)
 
+    def select(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        places: torch.Tensor,
+        entries: dict[str, torch.Tensor],
+        part: slice,
+        count: int,
+        report_indexer: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a part of the queries may see of the first `count` entries, and the scores to choose by, if any.
+
+        Returns:
+            Bool [B, t, N]; fp32 [B, t, N], or None if all that is visible is read.
+        """
+        visible = self.visible_entries(places[:, part], entries["places"][:, :count])
+        if self.compressor is None:
+            return visible, None
+        first = {name: each[:, :count] for name, each in entries.items()}
+        cos, sin = rotation
+        # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
+        with torch.set_grad_enabled(report_indexer and torch.is_grad_enabled()):
+            some = hidden_states[:, part], q_latent[:, part], first, (cos[:, part], sin[:, part])
+            return visible, self.scores(*some, report_indexer)
+
     def scores(
         self,
         hidden_states: torch.Tensor,
@@ -460,6 +548,10 @@ class SlidingWindowAttention(FathomAttention):
     ) -> torch.Tensor | None:
         """What the entries are chosen by, [B, T, N]; None if all visible ones are read."""
         return None
+
+    def has_report(self) -> bool:
+        """Whether there is an indexer with a loss that is of use."""
+        return False
 
     def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Which of the visible entries [B, T, N] a query reads."""
@@ -492,9 +584,12 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return None
         return indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
 
+    def has_report(self) -> bool:
+        return self.compressor.indexer.has_report()
+
     def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         scores = scores.detach().masked_fill(~visible, float("-inf"))
-        return best_of(scores, self.compressor.indexer.index_topk) & visible
+        return best_of(scores, self.index_topk) & visible
 
     def report(
         self,
@@ -518,11 +613,21 @@ class CompressedSparseAttention(SlidingWindowAttention):
         return indexer_report(scores, visible, chosen, attention, self.index_dense, not self.training)
 
 
-def reach(places: torch.Tensor, key_places: torch.Tensor, window: int) -> slice:
-    """The range of keys, in `key_places` [B, S], outside of which no query at `places` [B, T] sees any."""
+def part_of_selection(chosen: torch.Tensor, part: slice, count: int) -> tuple[torch.Tensor, None]:
+    """What is selected already, bool [B, T, N], as `SlidingWindowAttention.select` returns it."""
+    return chosen[:, part, :count], None
+
+
+def reach(places: torch.Tensor, key_places: torch.Tensor, window: int | None) -> slice:
+    """The range of keys, in `key_places` [B, S], outside of which no query at `places` [B, T] sees any.
+
+    Without a window queries see everything before them.
+    """
     newest = places.amax(dim=1, keepdim=True)
-    oldest = places.where(places != NOWHERE, newest).amin(dim=1, keepdim=True)
-    near = (key_places > oldest - window) & (key_places <= newest) & (key_places != NOWHERE)  # [B, S]
+    near = (key_places <= newest) & (key_places != NOWHERE)  # [B, S]
+    if window is not None:
+        oldest = places.where(places != NOWHERE, newest).amin(dim=1, keepdim=True)
+        near &= key_places > oldest - window
     indices = near.any(dim=0).nonzero().flatten().tolist()
     return slice(indices[0], indices[-1] + 1) if indices else slice(0)
 

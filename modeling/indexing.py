@@ -19,6 +19,7 @@ Neither p nor what the indexer reads has a gradient, so that nothing else of the
 Shapes: B batch, T queries, S keys, H attention heads, J indexer heads, D a head's width.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,8 @@ from .precision import Float32Linear
 
 # Products of queries and keys held at a time, over all heads: 64 MiB.
 PRODUCTS_AT_ONCE = 2**24
+# The same where a processor's cache is to hold them: 8 MiB.
+PRODUCTS_IN_CACHE = 2**21
 
 
 class TrainableIndexer(nn.Module):
@@ -63,20 +66,68 @@ def index_scores(query: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor)
     Returns:
         [B, T, S]. Keys that a query may not see are scored as well.
     """
-
-    def products(some_queries: torch.Tensor) -> torch.Tensor:
-        """[B, J, t, D] -> [B, J, t, S]. Heads and queries side by side: for each head the keys would be copied."""
-        rows = some_queries.float().flatten(1, 2) @ keys_transposed
-        return rows.unflatten(1, some_queries.shape[1:3])
-
     with torch.autocast(query.device.type, enabled=False):
-        keys_transposed = keys.float().transpose(-1, -2)  # [B, D, S]
+        query, keys_transposed, weights = query.float(), keys.float().transpose(-1, -2), weights.float()
+        if query.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _index_scores_by_blocks(query, keys_transposed, weights)
         rows = max(1, PRODUCTS_AT_ONCE // max(1, query.shape[0] * query.shape[1] * keys.shape[-2]))
-        scores = [
-            torch.einsum("bjts,btj->bts", products(some_queries).relu(), some_weights.float())
-            for some_queries, some_weights in zip(query.split(rows, dim=2), weights.split(rows, dim=1), strict=True)
-        ]
+        scores = []
+        for some_queries, some_weights in zip(query.split(rows, dim=2), weights.split(rows, dim=1), strict=True):
+            # Heads and queries side by side: for each head the keys would be copied.
+            products = (some_queries.flatten(1, 2) @ keys_transposed).unflatten(1, some_queries.shape[1:3])
+            scores.append(torch.einsum("bjts,btj->bts", products.relu(), some_weights))
     return torch.cat(scores, dim=1)
+
+
+def _index_scores_by_blocks(query: torch.Tensor, keys_transposed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The same in blocks of queries and keys whose products stay in a processor's cache, where they are summed up.
+
+    Args:
+        query: [B, J, T, D]. keys_transposed: [B, D, S]. weights: [B, T, J]. All in fp32.
+    """
+    batch, heads, tokens, _ = query.shape
+    keys = keys_transposed.shape[-1]
+    rows = min(tokens, max(1, PRODUCTS_IN_CACHE // (batch * heads * min(keys, 512))))
+    columns = min(keys, max(512, PRODUCTS_IN_CACHE // (batch * heads * rows)))
+    scores = query.new_empty(batch, tokens, keys)
+    room = query.new_empty(batch * heads * rows * columns)  # new memory would have to be fetched for every block
+    for start in range(0, tokens, rows):
+        some_queries = query[:, :, start : start + rows].transpose(1, 2)  # [B, t, J, D]
+        some_weights = weights[:, start : start + rows].unsqueeze(2)  # [B, t, 1, J]
+        for first in range(0, keys, columns):
+            block = keys_transposed[..., first : first + columns]  # [B, D, s]
+            shape = (*some_queries.shape[:3], block.shape[-1])
+            products = room[: math.prod(shape)].view(shape)  # [B, t, J, s]
+            torch.bmm(some_queries.flatten(1, 2), block, out=products.flatten(1, 2))
+            weighted = some_weights @ products.relu_()
+            scores[:, start : start + rows, first : first + columns] = weighted.squeeze(2)
+    return scores
+
+
+def best_keys(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `best_of` chooses, as indices.
+
+    Args:
+        scores: [B, T, S] with S > `top_k`; -inf for hidden keys.
+
+    Returns:
+        Indices [B, T, K] in any order, and which of them are hidden keys, bool [B, T, K]: of queries that see fewer.
+    """
+    values, indices = scores.topk(top_k + 1, dim=-1)
+    border, beyond = values[..., -2], values[..., -1]
+    indices, hidden = indices[..., :-1], values[..., :-1] == float("-inf")
+    # `topk` takes any of equal scores; which hidden ones it takes is the same.
+    tied = (border == beyond) & ~hidden[..., -1]
+    if tied.any():
+        indices[tied] = best_of(scores[tied], top_k).nonzero()[:, -1].view(-1, top_k)
+    return indices, hidden
+
+
+def rows_at(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows [B, S, n] at indices [B, T, K] -> [B, T, K, n]."""
+    batch, keys, width = rows.shape
+    first = torch.arange(batch, device=indices.device)[:, None, None] * keys
+    return rows.reshape(-1, width).index_select(0, (indices + first).flatten()).view(*indices.shape, width)
 
 
 def best_of(scores: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -28,18 +28,26 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .attention import MixerOutput, MultiHeadLatentAttention
+from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
 from .fused import kernels_for, project, seen
 from .indexing import (
     TrainableIndexer,
+    best_keys,
     best_of,
     head_summed_attention,
     head_weights,
     index_scores,
     indexer_report,
+    rows_at,
 )
 from .precision import Float32Linear
 from .rotary import apply_rotary
+
+# Queries that are read at a time where a text is long.
+QUERIES_AT_ONCE = 256
+# Numbers of chosen latents that are held at a time: on a CPU what its cache holds, elsewhere 128 MiB in bf16.
+LATENTS_IN_CACHE = 2**20
+LATENTS_AT_ONCE = 2**26
 
 
 class Chosen(NamedTuple):
@@ -160,6 +168,10 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             output = None if chosen is None else self.fused_attention(query, latents, chosen.visible, chosen.indices)
             if output is not None:
                 return MixerOutput(project(output, self.o_proj)[0], None)
+        if selects and not reports and self.parts_pay(query):
+            choice = partial(self.choice, hidden_states, q_latent, index_keys, position_embeddings)
+            output, weights = self.attend_in_parts(query, latents, attention_mask, choice, **kwargs)
+            return MixerOutput(self.o_proj(output), weights)
         if selects or reports:
             with torch.set_grad_enabled(learns):
                 scores = self.indexer.scores(hidden_states.detach(), q_latent.detach(), index_keys, position_embeddings)
@@ -189,6 +201,107 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             keys, _ = self.expand(latents)
         attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
         return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
+
+    def parts_pay(self, query: torch.Tensor) -> bool:
+        """Whether a text is so long that it is read in parts. `eager` is the reference, and has all weights at once.
+
+        Nor does a compiled graph: which keys a part needs depends on the data.
+        """
+        sdpa = self.config._attn_implementation == "sdpa"
+        return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
+
+    @torch.no_grad()
+    def choice(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        index_keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        part: slice,
+        visible: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a `part` of the queries reads of its `visible` keys, bool [B or 1, t, S], as `best_keys` says it."""
+        cos, sin = position_embeddings
+        scores = self.indexer.scores(
+            hidden_states[:, part],
+            q_latent[:, part],
+            index_keys[:, :, : visible.shape[-1]],
+            (cos[:, part], sin[:, part]),
+        )
+        return best_keys(scores.masked_fill_(~visible, float("-inf")), self.index_topk)
+
+    def attend_in_parts(
+        self, query, latents, attention_mask, choice, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Chooses and attends for some queries at a time, among the keys up to the last that they may see.
+
+        So neither scores nor masks grow with the square of T. Returns [B, T, H * D_v] and None.
+
+        Args:
+            choice: see there; for a part of the queries and the keys that they see.
+        """
+        expanded = None
+        outputs = []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            part = slice(start, min(start + QUERIES_AT_ONCE, query.shape[2]))
+            visible = visible_to_part(attention_mask, part, latents)
+            seen = visible.shape[-1]
+            mask = visible.unsqueeze(1)
+            if seen > self.index_topk:
+                indices, hidden = choice(part, visible)
+                if self.reading_alone_pays(seen):
+                    outputs.append(self.read_chosen(query[:, :, part], latents, indices, hidden))
+                    continue
+                added = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+                mask = added.new_full((*added.shape[:-1], seen), float("-inf")).scatter_(-1, indices, added)
+                mask = mask.unsqueeze(1)
+            if expanded is None:
+                expanded = self.expand(latents)
+            key, value = expanded
+            output, _ = self.attend_expanded(query[:, :, part], key[:, :, :seen], value[:, :, :seen], mask, **kwargs)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), None
+
+    def reading_alone_pays(self, seen: int) -> bool:
+        """Whether queries rather read their chosen latents, each its own, than all `seen` keys under a mask.
+
+        A chosen latent is copied and multiplied by its query alone: measured at nano's and at DeepSeek's proportions of
+        the widths, a number of it costs about twice one of a key that all queries read. A gradient would have to be
+        added up row by row.
+        """
+        if torch.is_grad_enabled() or not self.knows_expansion():
+            return False
+        return 2 * self.index_topk * (self.kv_lora_rank + self.qk_rope_head_dim) < seen * self.qk_head_dim
+
+    def read_chosen(self, query, latents, indices: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Attention of every query to latents of its own.
+
+        Args:
+            query: [B, H, T, D + P]. latents: [B, 1, S, R + P].
+            indices: [B, T, K], of latents. hidden: bool [B, T, K], which of those are not to be seen.
+
+        Returns:
+            [B, T, H * D_v].
+        """
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank).split(
+            [self.qk_nope_head_dim, self.v_head_dim], dim=1
+        )  # [H, D, R], [H, D_v, R]
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat((q_nope @ w_uk, q_pe), dim=-1).transpose(1, 2)  # [B, T, H, R + P]
+        batch, _, _, width = latents.shape
+        latents = latents.squeeze(1).contiguous()
+        at_once = LATENTS_IN_CACHE if latents.device.type == "cpu" else LATENTS_AT_ONCE
+        rows = max(1, at_once // (indices[:, 0].numel() * width))
+        outputs = []
+        for some_queries, some, unseen in zip(
+            query.split(rows, dim=1), indices.split(rows, dim=1), hidden.split(rows, dim=1), strict=True
+        ):
+            chosen = rows_at(latents, some).flatten(0, 1).unsqueeze(1)  # [B t, 1, K, R + P]
+            visible = ~unseen.flatten(0, 1)[:, None, None]
+            output, _ = eager_with_shared_key(some_queries.flatten(0, 1).unsqueeze(2), chosen, visible, self.scaling)
+            outputs.append(output[..., 0, : self.kv_lora_rank].unflatten(0, (batch, -1)))  # [B, t, H, R]
+        output = torch.cat(outputs, dim=1).transpose(1, 2)
+        return (output @ w_uv.transpose(-1, -2)).transpose(1, 2).flatten(2)
 
     def gathering_pays(self, query: torch.Tensor, latents: torch.Tensor) -> bool:
         """Whether the chosen latents of all queries are fewer than the cached ones.
@@ -241,6 +354,22 @@ def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: 
     if attention_mask.dtype == torch.bool:
         return attention_mask & best_of(scores.masked_fill(~attention_mask, float("-inf")), top_k)
     return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
+
+
+def visible_to_part(attention_mask: torch.Tensor | None, part: slice, latents: torch.Tensor) -> torch.Tensor:
+    """The keys that a part of the queries may see, bool [B or 1, t, S'], without those beyond the last of them.
+
+    Args:
+        attention_mask: as in `keep_best`. part: of the queries. latents: all keys, [B, 1, S, R + P].
+    """
+    if attention_mask is None:
+        visible = torch.ones(part.stop - part.start, part.stop, dtype=torch.bool, device=latents.device)
+        return visible.tril_(part.start).unsqueeze(0)
+    visible = attention_mask[:, 0, part]
+    if visible.dtype != torch.bool:
+        visible = visible > _hidden(visible)
+    seen = visible.any(dim=0).any(dim=0).nonzero()
+    return visible[..., : int(seen[-1]) + 1 if len(seen) else 1]
 
 
 def visible_keys(attention_mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import compressed_attention, fused
-from fathom.modeling.compressed_attention import eager_with_sinks, reach, sdpa_with_sinks
+from fathom.modeling.compressed_attention import SlidingWindowAttention, eager_with_sinks, reach, sdpa_with_sinks
 from fathom.modeling.compressed_cache import DOCUMENT, NOWHERE
 
 SHAPE = {
@@ -142,6 +142,17 @@ def cases() -> dict[str, dict]:
     return {"plain": {}, "padded, also in between": {"attention_mask": mask}, "packed": {"position_ids": positions}}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", cases())
+def test_entries_read_alone_are_those_read_by_all(case, monkeypatch):
+    monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(SlidingWindowAttention, "reading_alone_pays", lambda *_: True)
+    options, ids = cases()[case], tokens(3, 60)
+    real = options.get("attention_mask", torch.ones(3, 60)).bool()
+    expected, found = (model(attend)(ids, use_cache=False, **options).logits[real] for attend in ("eager", "sdpa"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("at_once", [1, 5, 7, 59])
 @pytest.mark.parametrize("case", cases())
 def test_parts_are_the_whole(case, at_once, monkeypatch):
@@ -165,8 +176,11 @@ def test_parts_are_the_whole(case, at_once, monkeypatch):
 
 
 @torch.no_grad()
-def test_parts_of_a_chunk_over_a_cache(monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_of_a_chunk_over_a_cache(alone, monkeypatch):
+    """Whether queries read all entries or their own alone."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 5)
+    monkeypatch.setattr(SlidingWindowAttention, "reading_alone_pays", lambda *_: alone)
     ours, ids = model(), tokens(2, 60)
     cache, logits = None, []
     for piece in ids.split([3, 21, 1, 35], dim=1):
@@ -224,7 +238,7 @@ def test_entries_are_made_by_tokens_that_complete_a_block(monkeypatch):
 
 @torch.no_grad()
 def test_a_long_text_needs_no_square(monkeypatch):
-    """Every part reads its window and no more; only entries, a twelfth as many as tokens, are read by all."""
+    """Every part reads its window and no more; only entries, a twelfth as many as tokens, are read by all after."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 16)
     sizes, attend = [], F.scaled_dot_product_attention
 
@@ -236,9 +250,11 @@ def test_a_long_text_needs_no_square(monkeypatch):
     model(num_hidden_layers=2, token_mixers=["swa", "hca"], num_nextn_predict_layers=0)(tokens(2, 240))
     sink, window = 1, 7 - 1
     assert len(sizes) == 2 * 15
-    for layer, entries in ((sizes[:15], 0), (sizes[15:], 20)):
+    for layer, block in ((sizes[:15], 1000), (sizes[15:], 12)):
         assert [queries for queries, _, _ in layer] == [16] * 15
-        assert [keys for _, keys, _ in layer] == [16 + entries + sink] + [16 + window + entries + sink] * 14
+        near = [16] + [16 + window] * 14
+        entries = [16 * part // block for part in range(1, 16)]
+        assert [keys for _, keys, _ in layer] == [n + e + sink for n, e in zip(near, entries, strict=True)]
         assert all(mask == (2, 1, queries, keys) for queries, keys, mask in layer)
 
 

@@ -1,5 +1,6 @@
 """DeepSeek Sparse Attention: the indexer and its choice by definition, the gathered way, the cache."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling.indexing import best_of
+from fathom.modeling.indexing import best_keys, best_of, index_scores
 from fathom.modeling.sparse_attention import DeepseekSparseAttention, LightningIndexer, keep_best
 
 TINY = {
@@ -83,7 +84,20 @@ def test_scores_do_not_depend_on_how_many_are_computed_at_once(monkeypatch):
     expected = indexer.scores(*arguments)
     for products in (1, 4 * 2 * 32 * 9):
         monkeypatch.setattr("fathom.modeling.indexing.PRODUCTS_AT_ONCE", products)
+        monkeypatch.setattr("fathom.modeling.indexing.PRODUCTS_IN_CACHE", products)
         torch.testing.assert_close(indexer.scores(*arguments), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(indexer.scores(*arguments), expected)
+
+
+@torch.no_grad()
+def test_scores_without_gradient_are_those_with():
+    """By blocks: 513 keys are two, 70 queries of 3 rows several more."""
+    query, keys, weights = torch.randn(3, 4, 700, 8), torch.randn(3, 513, 8), torch.randn(3, 700, 4)
+    with torch.enable_grad():
+        expected = index_scores(query, keys, weights)
+    assert expected.shape == (3, 700, 513)
+    torch.testing.assert_close(index_scores(query, keys, weights), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 7, 12, 15])
@@ -93,6 +107,15 @@ def test_best_are_the_largest_and_of_equal_ones_the_last(top_k):
     for row, chosen in zip(scores.tolist(), best_of(scores, top_k).tolist(), strict=True):
         expected = sorted(range(12), key=lambda i, row=row: (row[i], i))[-top_k:]
         assert [i for i in range(12) if chosen[i]] == sorted(expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 7, 11])
+def test_indices_of_the_best_are_the_same_choice(top_k):
+    scores = torch.randint(-1, 3, (2, 25, 12), generator=torch.Generator().manual_seed(top_k)).float()
+    scores[0, :, 8:] = float("-inf")
+    indices, hidden = best_keys(scores, top_k)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, ~hidden)
+    assert torch.equal(chosen, best_of(scores, top_k) & scores.isfinite())
 
 
 @pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
@@ -187,6 +210,68 @@ def test_decoding_equals_prefill_also_with_ties(chunks, cache, heads):
     }[cache]()
     expected = trained(ids, use_cache=False).logits
     torch.testing.assert_close(cached_logits(trained, ids, chunks, made), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "longer", "padded", "additive"])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("heads", [1, 32])
+def test_a_text_in_parts_is_the_text_at_once(heads, alone, kind, monkeypatch):
+    """Outputs and gradients; with one indexer head also where scores are equal."""
+    torch.manual_seed(0)
+    attention = DeepseekSparseAttention(config(attn_implementation="sdpa", index_n_heads=heads), layer_idx=0).eval()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    cache = DynamicCache()
+    hidden, angles = torch.randn(2, 40, 64), torch.randn(2, 40, 8)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 1, 40, 40).clone()
+    if kind == "longer":
+        positions = angles[:, :20].cos(), angles[:, :20].sin()
+        with torch.no_grad():
+            attention(hidden[:, :20], positions, mask[..., :20, :20], cache)
+        hidden, angles, mask = hidden[:, 20:], angles[:, 20:], mask[:, :, 20:]
+    mask[1, ..., :17] = False
+    given = {
+        "none": None,
+        "longer": mask,
+        "padded": mask,
+        "additive": torch.zeros(mask.shape).masked_fill(~mask, HIDDEN),
+    }
+    real = slice(None) if kind in ("none", "longer") else slice(17, None)
+    hidden.requires_grad_()
+    direction = torch.randn(hidden.shape)
+    monkeypatch.setattr(DeepseekSparseAttention, "reading_alone_pays", lambda self, seen: alone)
+    monkeypatch.setattr("fathom.modeling.sparse_attention.LATENTS_IN_CACHE", 700)
+    results = []
+    for at_once in (1000, 7):
+        monkeypatch.setattr("fathom.modeling.sparse_attention.QUERIES_AT_ONCE", at_once)
+        past = copy.deepcopy(cache) if kind == "longer" else None
+        output = attention(hidden, (angles.cos(), angles.sin()), given[kind], past).hidden_states
+        learning = [hidden, attention.kv_b_proj.weight, attention.q_b_proj.weight]
+        loss = (output * direction)[:, real].sum()
+        results.append([output[:, real], *torch.autograd.grad(loss, learning)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 1, 20], [25, 1, 1, 1, 1, 1]], ids=str)
+def test_decoding_equals_prefill_in_parts(chunks, monkeypatch):
+    monkeypatch.setattr("fathom.modeling.sparse_attention.QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(DeepseekSparseAttention, "reading_alone_pays", lambda self, seen: seen % 2 == 1)
+    trained, ids = model(index_n_heads=2), tokens(2, 30)
+    expected = trained(ids, use_cache=False).logits
+    torch.testing.assert_close(
+        cached_logits(trained, ids, chunks, DynamicCache(config=trained.config)), expected, atol=1e-4, rtol=0
+    )
+
+
+def test_chosen_latents_are_read_alone_where_they_are_few():
+    attention = DeepseekSparseAttention(config(attn_implementation="sdpa"), layer_idx=0)
+    with torch.no_grad():
+        # 2 * 8 latents of 32 numbers, against keys of 48.
+        assert attention.reading_alone_pays(11)
+        assert not attention.reading_alone_pays(10)
+    assert not attention.reading_alone_pays(1000), "with gradients"
 
 
 @torch.no_grad()
