@@ -73,8 +73,7 @@ class Row:
         """Chooses the next token by logits [1, V]. Returns whether the text goes on; errors are the caller's."""
         try:
             text = self.ids[:, : self.length]
-            # A copy, as processors may write into it.
-            scores = self.process(text, logits.to(text.device, torch.float32, copy=True))
+            scores = self.process(text, logits.to(text.device, torch.float32))
             if self.samples:
                 token = torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
             else:

@@ -315,6 +315,33 @@ def test_a_cache_of_the_callers_is_filled() -> None:
     assert torch.equal(more, ours.generate(torch.cat((text, PROMPTS[3]), dim=1), **GREEDY))
 
 
+def test_a_cache_of_the_callers_gets_no_other_rows() -> None:
+    ours = model("v3")
+    caches = [DynamicCache(config=ours.config), None]
+    with sharing(ours) as shared, ThreadPoolExecutor(2) as pool:
+        shared[1].gate.clear()
+        calls = [
+            pool.submit(ours.generate, prompt, past_key_values=cache, **GREEDY)
+            for prompt, cache in zip(PROMPTS, caches, strict=False)
+        ]
+        until(lambda: bool(shared[0]._joining))
+        shared[1].gate.set()
+        lengths = [call.result(60).shape[1] for call in calls]
+    assert caches[0] is not None
+    assert caches[0].layers[0].keys.shape[0] == 1
+    assert caches[0].get_seq_length() == lengths[0] - 1
+
+
+def test_positions_go_on_from_those_of_the_prompt() -> None:
+    ours = model("classic")
+    own = {**GREEDY, "position_ids": torch.arange(5)[None] + 7}
+    expected = ours.generate(PROMPTS[0], **own)
+    assert not torch.equal(expected, ours.generate(PROMPTS[0], **GREEDY))
+    with sharing(ours) as shared:
+        calls = start(ours, shared, PROMPTS[:2], position_ids=[own["position_ids"], None], **GREEDY)
+        assert torch.equal(calls[0].result(60), expected)
+
+
 @pytest.mark.parametrize("limit", ["max_rows", "max_cached_tokens", "prefill_chunk"])
 def test_limits_are_positive(limit: str) -> None:
     with pytest.raises(ValueError, match=f"{limit}=0 must be at least 1"):
