@@ -27,7 +27,8 @@ import torch
 
 from .cache import FathomDynamicCache
 
-CARRIED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# Of the tokenizer, stopping criteria have taken what they need.
+CARRIED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer"}
 CLOSED, FAILED = "the shared batch was closed", "a forward of the shared batch failed"
 
 
