@@ -58,8 +58,10 @@ class Row:
         self.stops = stopping_criteria
         self.samples = generation_config.do_sample
         self.most = generation_config.max_length
-        self.ids = input_ids.new_empty(1, self.most)
-        self.ids[:, : input_ids.shape[1]] = input_ids
+        # The caller's inference mode does not hold in the thread that writes here.
+        with torch.inference_mode(False):
+            self.ids = torch.empty(1, self.most, dtype=input_ids.dtype, device=input_ids.device)
+            self.ids[:, : input_ids.shape[1]] = input_ids
         self.length = input_ids.shape[1]
         self.cached = 0
         # Of its own, so that what others draw changes nothing.
@@ -124,6 +126,10 @@ class SharedBatch:
         self._rows: list[Row] = []
         self._cache: FathomDynamicCache | None = None
 
+    def __reduce__(self):
+        # Of a model that is copied or pickled, the copy shares no batch.
+        return type(None), ()
+
     def carries(self, input_ids: torch.Tensor, generation_config, synced_gpus: bool, model_kwargs: dict) -> bool:
         """Whether a call of `_sample` with these arguments can be a row; the others are generated apart."""
         cache = model_kwargs.get("past_key_values")
@@ -185,12 +191,10 @@ class SharedBatch:
             while self._admit():
                 self._read_prompts()
                 self._step()
-        except BaseException as error:
+        except Exception as error:
             with self._lock:
                 self._thread = None
                 self._fail_all(FAILED, error)
-            if not isinstance(error, Exception):
-                raise
 
     def _admit(self) -> bool:
         """Lets rows that nobody waits for go, and others in. Returns False, which ends the thread, if none is left."""

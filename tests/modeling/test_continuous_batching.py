@@ -3,6 +3,7 @@
 The oracle is `generate()` of the same call without a shared batch.
 """
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -330,6 +331,27 @@ def test_a_cache_of_the_callers_gets_no_other_rows() -> None:
     assert caches[0] is not None
     assert caches[0].layers[0].keys.shape[0] == 1
     assert caches[0].get_seq_length() == lengths[0] - 1
+
+
+def test_the_modes_of_callers_are_their_own() -> None:
+    ours = model("v4")
+    expected = [ours.generate(prompt, **GREEDY) for prompt in PROMPTS[:2]]
+
+    def call(prompt: torch.Tensor, mode) -> torch.Tensor:
+        with mode:
+            return ours.generate(prompt.clone(), **GREEDY)
+
+    with sharing(ours), ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(call, PROMPTS, [torch.inference_mode(), torch.enable_grad()]))
+    assert all(map(torch.equal, texts, expected))
+
+
+def test_a_copy_of_the_model_shares_no_batch() -> None:
+    ours = model("v3")
+    ours.share_batch()
+    copied = copy.deepcopy(ours)
+    assert copied.shared_batch is None
+    assert torch.equal(copied.generate(PROMPTS[0], **GREEDY), ours.generate(PROMPTS[0], **GREEDY))
 
 
 def test_positions_go_on_from_those_of_the_prompt() -> None:

@@ -116,6 +116,18 @@ def test_requests_at_the_same_time_get_what_each_gets_alone(tmp_path: Path) -> N
         assert client.chat.completions.create(**requests[2]).choices[0].message.content == alone[2]
 
 
+@pytest.mark.parametrize("handler", ["ChatRequests", "TextRequests"])
+def test_a_requests_seed_is_its_rows_own(handler: str) -> None:
+    """The process's, which transformers sets, another request may have set again before the first draw."""
+    from transformers import GenerationConfig
+
+    from fathom.scripts import serving
+
+    requests = getattr(serving, handler)(None, serving.SharingState({}))
+    assert requests._build_generation_config({"seed": 5}, GenerationConfig()).seed == 5
+    assert not hasattr(requests._build_generation_config({}, GenerationConfig()), "seed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
