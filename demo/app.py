@@ -9,7 +9,7 @@ from typing import TypedDict
 import gradio as gr
 
 from ..training.errors import UserError
-from .chat import MODEL_QUEUE, Controls, chat_panel, language_for, to_messages
+from .chat import ANSWER_QUEUE, Controls, chat_panel, language_for, to_messages
 from .generation import split_reasoning, stream_reply
 from .sampling import Sampling
 from .shelf import RANDOM, Shelf, is_untrained
@@ -109,7 +109,9 @@ def _wire_picker(app: gr.Blocks, shelf: Shelf, picker: gr.Dropdown, header: gr.H
         return shelf.in_use().source, describe(shelf, language, problem)
 
     app.load(opened, None, [picker, header], api_visibility="private", show_progress="hidden", queue=False)
-    picker.input(chosen, picker, [picker, header], api_visibility="private", show_progress_on=header, **MODEL_QUEUE)
+    picker.input(
+        chosen, picker, [picker, header], api_visibility="private", show_progress_on=header, concurrency_limit=1
+    )
 
 
 def label_of(source: str, models_dir: Path, language: str) -> str:
@@ -186,10 +188,10 @@ def _add_api(shelf: Shelf) -> None:
                 repetition_penalty=repetition_penalty,
             )
             messages = to_messages([*(history or []), {"role": "user", "content": message}], system_prompt)
-            loaded = shelf.load(model or shelf.in_use().source)
-            with closing(
-                stream_reply(loaded.model, loaded.tokenizer, messages, sampling, thinking=thinking)
-            ) as replies:
+            with (
+                shelf.borrow(model or shelf.in_use().source) as loaded,
+                closing(stream_reply(loaded.model, loaded.tokenizer, messages, sampling, thinking=thinking)) as replies,
+            ):
                 for progress in replies:
                     reply = split_reasoning(progress.text, thinking)
                     details = AnswerDetails(
@@ -206,4 +208,4 @@ def _add_api(shelf: Shelf) -> None:
 
     # Gradio types the outputs by this annotation, and takes an Iterator for one output of any type.
     chat.__annotations__["return"] = tuple[str, AnswerDetails]
-    gr.api(chat, api_name="chat", **MODEL_QUEUE)
+    gr.api(chat, api_name="chat", **ANSWER_QUEUE)

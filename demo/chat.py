@@ -19,10 +19,10 @@ import gradio as gr
 from ..training.errors import UserError
 from .generation import Progress, Reply, split_reasoning, stream_reply
 from .sampling import Sampling
-from .shelf import Shelf
+from .shelf import ANSWERS, Shelf
 from .texts import EXAMPLES, language_of, say
 
-MODEL_QUEUE = {"concurrency_limit": 1, "concurrency_id": "model"}  # one generation, or one loading, at a time
+ANSWER_QUEUE = {"concurrency_limit": ANSWERS, "concurrency_id": "answers"}
 REFRESH = 0.05  # seconds between two updates of the page
 
 Message = dict[str, Any]  # gradio: {"role", "content": text or [{"type": "text", "text"}], "metadata": {"title", ...}}
@@ -96,7 +96,6 @@ def chat_panel(shelf: Shelf, controls: Controls, translated: gr.I18n, feedback: 
             return
         language = language_for(request)
         try:
-            loaded = shelf.load(checkpoint or shelf.in_use().source)
             sampling = Sampling(
                 max_new_tokens=int(max_new_tokens),
                 temperature=temperature,
@@ -104,12 +103,13 @@ def chat_panel(shelf: Shelf, controls: Controls, translated: gr.I18n, feedback: 
                 top_k=int(top_k),
                 repetition_penalty=repetition_penalty,
             )
-            context = loaded.model.config.max_position_embeddings
             messages = to_messages(history, system_prompt)
             shown = thought = 0.0
-            with closing(
-                stream_reply(loaded.model, loaded.tokenizer, messages, sampling, thinking=thinking)
-            ) as replies:
+            with (
+                shelf.borrow(checkpoint or shelf.in_use().source) as loaded,
+                closing(stream_reply(loaded.model, loaded.tokenizer, messages, sampling, thinking=thinking)) as replies,
+            ):
+                context = loaded.model.config.max_position_embeddings
                 for progress in replies:
                     if progress.finish is None and time.perf_counter() - shown < REFRESH:
                         continue
@@ -172,7 +172,7 @@ def chat_panel(shelf: Shelf, controls: Controls, translated: gr.I18n, feedback: 
             [chatbot, figures, box],
             api_visibility="private",
             show_progress="hidden",
-            **MODEL_QUEUE,
+            **ANSWER_QUEUE,
         )
         running.then(ready, None, box, **quiet)
         answers.append(running)

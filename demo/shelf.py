@@ -1,4 +1,4 @@
-"""The models a page may choose from, at most one of them in memory.
+"""The models a page may choose from, at most one of them in memory, which answers several users in one batch.
 
 A source is a checkpoint folder, a Hub id, or `random:GENERATION`: a nano model with random weights, built in
 seconds without any file, for looking at the machinery before something is trained.
@@ -10,7 +10,8 @@ import gc
 import inspect
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ..training.errors import UserError, did_you_mean
 RANDOM = "random:"
 UNTRAINED = tuple(RANDOM + generation for generation in reversed(GENERATIONS))  # newest first
 UNTRAINED_VOCAB_SIZE = 1024
+ANSWERS = 8  # that a model gives at a time
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ def load_source(source: str) -> Loaded:
     return Loaded(source, model, tokenizer)
 
 
+def load_shared(source: str) -> Loaded:
+    """As `load_source`; answers that a Fathom model gives at the same time share its forwards."""
+    loaded = load_source(source)
+    if isinstance(loaded.model, FathomForCausalLM):
+        loaded.model.share_batch(max_rows=ANSWERS)
+    return loaded
+
+
 class Shelf:
     """Finds the sources below a folder and holds the one that is in use."""
 
@@ -98,7 +108,9 @@ class Shelf:
         self.models_dir = models_dir
         self.named = tuple(named)
         self._current: Loaded | None = None
-        self._lock = threading.Lock()
+        self._answers = 0  # that the current model is giving
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()  # of whoever asks for a model: none overtakes those who wait for another one
 
     def sources(self) -> list[str]:
         """What may be loaded: the named ones, checkpoints (newest first), untrained models."""
@@ -108,23 +120,42 @@ class Shelf:
     def load(self, source: str) -> Loaded:
         """Gives the source's model; another one in memory is freed first, and put back if the new one fails.
 
+        Waits for the answers that the other one is giving.
+
         Raises:
             UserError: not one of `sources()`, or it cannot be loaded.
         """
-        with self._lock:
-            if self._current is not None and self._current.source == source:
-                return self._current
-            if source not in self.sources():
-                raise UserError(f"no model {source!r} on offer; choose one of: {', '.join(self.sources())}")
-            previous = self._current.source if self._current is not None else None
-            self._free()
-            try:
-                self._current = load_source(source)
-            except Exception:
-                if previous is not None:
-                    self._current = load_source(previous)
-                raise
+        with self._turn, self._changed:
+            return self._load(source)
+
+    @contextmanager
+    def borrow(self, source: str) -> Iterator[Loaded]:
+        """As `load`, for one answer: until its end the model stays. Up to `ANSWERS` of them share a batch."""
+        with self._turn, self._changed:
+            loaded = self._load(source)
+            self._answers += 1
+        try:
+            yield loaded
+        finally:
+            with self._changed:
+                self._answers -= 1
+                self._changed.notify_all()
+
+    def _load(self, source: str) -> Loaded:
+        if self._current is not None and self._current.source == source:
             return self._current
+        if source not in self.sources():
+            raise UserError(f"no model {source!r} on offer; choose one of: {', '.join(self.sources())}")
+        self._changed.wait_for(lambda: self._answers == 0)
+        previous = self._current.source if self._current is not None else None
+        self._free()
+        try:
+            self._current = load_shared(source)
+        except Exception:
+            if previous is not None:
+                self._current = load_shared(previous)
+            raise
+        return self._current
 
     def in_use(self) -> Loaded:
         """The model in memory; waits while another one is being loaded.
@@ -132,12 +163,15 @@ class Shelf:
         Raises:
             UserError: none was loaded, or the last one could not be put back.
         """
-        with self._lock:
+        with self._changed:
             if self._current is None:
                 raise UserError("no model is loaded; choose one")
             return self._current
 
     def _free(self) -> None:
+        if self._current is not None and (batch := getattr(self._current.model, "shared_batch", None)) is not None:
+            batch.close()  # an answer that nobody waits for may still be in its last forward
+            del batch
         self._current = None
         gc.collect()  # modules hold reference cycles
         if torch.cuda.is_available():

@@ -9,7 +9,8 @@ those of transformers' own DeepSeek models:
     static      StaticKeyValueCacheLayer            StaticCompressedCacheLayer
 
 Every layer, and the cache as a whole, has `nbytes`, `allocated_nbytes`, `crop`, `reset`, `reorder_cache`,
-`batch_repeat_interleave`, `batch_select_indices`, `activate_past_recording` and offloading.
+`batch_repeat_interleave`, `batch_select_indices`, `activate_past_recording` and offloading; dynamic ones `batch_append`
+and `drop_oldest` too.
 """
 
 import torch
@@ -62,7 +63,37 @@ class FathomCache(Cache):
 
 
 class FathomDynamicCache(FathomCache, DynamicCache):
-    """An adopted `DynamicCache`."""
+    """An adopted `DynamicCache`. Rows may come and go while others are being continued."""
+
+    def batch_append(self, other: "FathomDynamicCache") -> None:
+        """Puts the rows of another cache below these, for one forward to continue them all.
+
+        Rows end in the same column, and the shorter begin with padding: from now on forwards need an attention mask
+        with zeros there, and position ids, since rows differ in them. `other` must not be used any more.
+
+        Raises:
+            ValueError: one of the two is empty, or they are not of one model.
+        """
+        kinds = [[type(layer) for layer in cache.layers] for cache in (self, other)]
+        if not isinstance(other, FathomDynamicCache) or kinds[0] != kinds[1]:
+            raise ValueError("batch_append() takes a growing cache of the same model")
+        if not all(layer.is_initialized for layer in (*self.layers, *other.layers)):
+            raise ValueError("batch_append() takes caches with tokens in them; an empty one has no rows")
+        for layer, others in zip(self.layers, other.layers, strict=True):
+            layer.batch_append(others)
+
+    def drop_oldest(self, columns: int) -> None:
+        """Forgets columns at the beginning that are padding in every row, as when the longest row has been removed.
+
+        Raises:
+            ValueError: not a number of columns such that tokens are left.
+        """
+        length = int(self.get_seq_length())
+        if not 0 <= columns < length:
+            raise ValueError(f"drop_oldest({columns}) must be at least 0 and less than the {length} columns there are")
+        if columns:
+            for layer in self.layers:
+                layer.drop_oldest(columns)
 
 
 class FathomStaticCache(FathomCache, StaticCache):

@@ -81,6 +81,17 @@ class FathomCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._change(lambda rows: rows[indices.to(rows.device)])
 
+    def batch_append(self, other: "FathomCacheLayer") -> None:
+        """Puts the rows of another filled layer of this kind below these; all of them end in the same column.
+
+        Shorter rows begin with padding, which an attention mask has to hide.
+        """
+        raise NotImplementedError
+
+    def drop_oldest(self, columns: int) -> None:
+        """Forgets so many columns at the beginning, which are padding in every row that is left."""
+        raise NotImplementedError
+
     def _move(self, device: torch.device | str) -> None:
         """Places stay: they are small, and the next forward reads them before it comes to the layer."""
         for store in self.stores():
@@ -139,6 +150,27 @@ class KeyValueCacheLayer(FathomCacheLayer):
 
     def keep(self, tokens: int) -> None:
         self.length = tokens
+
+    def batch_append(self, other: FathomCacheLayer) -> None:
+        longest = max(self.length, other.length)  # type: ignore[attr-defined]
+        for name, rows in self.buffers.items():
+            both = rows[..., : self.length, :], other.buffers[name][..., : other.length, :]  # type: ignore[attr-defined]
+            # Room for the tokens to come; the next one would copy everything again.
+            joined = rows.new_empty(sum(map(len, both)), rows.shape[1], longest + longest // 2, rows.shape[-1])
+            start = 0
+            for part in both:
+                target = joined[start : start + len(part)]
+                # Weights of 0 do not silence a NaN in memory that nothing was written to.
+                target[:, :, : longest - part.shape[2]] = 0
+                target[:, :, longest - part.shape[2] : longest] = part
+                start += len(part)
+            self.buffers[name] = joined
+        self.length = longest
+
+    def drop_oldest(self, columns: int) -> None:
+        # Copies, or the memory would stay in use.
+        self.buffers = {name: rows[..., columns : self.length, :].clone() for name, rows in self.buffers.items()}
+        self.length -= columns
 
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes if self.buffers else 0  # type: ignore[union-attr]

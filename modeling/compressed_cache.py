@@ -140,6 +140,28 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.tokens["places"] = places.masked_fill(torch.cat((older, hidden), dim=1), NOWHERE)
         self._remove_premature_entries()
 
+    def batch_append(self, other: FathomCacheLayer) -> None:
+        # The newest stand at the end of every row. What a row lacks before them stands NOWHERE.
+        for mine, theirs in zip(self.stores(), other.stores(), strict=True):
+            for name, rows in mine.items():
+                both = rows, theirs[name]
+                most = max(part.shape[1] for part in both)
+                mine[name] = torch.cat(
+                    [torch.cat((nothing(name, part, most - part.shape[1]), part), dim=1) for part in both]
+                )
+        self.length = max(int(self.length), int(other.get_seq_length()))
+        self.padded = self.padded or other.padded  # type: ignore[attr-defined]
+
+    def drop_oldest(self, columns: int) -> None:
+        self.length -= columns
+        self.tokens = {name: newest(rows, int(self.length)).clone() for name, rows in self.tokens.items()}
+        if self.entries:
+            self._drop_gaps()
+
+    def _drop_gaps(self) -> None:
+        """Leaves out places of entries that are empty in every row."""
+        self.append_entries(**{name: rows[:, :0] for name, rows in self.entries.items()})
+
     def _held(self, rows: torch.Tensor) -> int:
         """Number of tokens in the rows of a stream."""
         return min(rows.shape[1], int(self.length))
@@ -153,7 +175,7 @@ class CompressedCacheLayer(FathomCacheLayer):
     def _remove_premature_entries(self) -> None:
         if self.entries:
             self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
-            self.append_entries(**{name: rows[:, :0] for name, rows in self.entries.items()})
+            self._drop_gaps()
 
     def _premature_entries(self) -> torch.Tensor:
         """[B, N], True for entries that were completed by tokens which are no longer there."""

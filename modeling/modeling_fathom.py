@@ -28,6 +28,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import slice_logits_to_keep
@@ -42,6 +43,7 @@ from .cache import adopt_cache
 from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
 from .compressed_cache import token_places
 from .configuration_fathom import FathomConfig
+from .continuous_batching import Row, SharedBatch
 from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerOutput
 from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
@@ -401,7 +403,19 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learns_to_select = bool(config.indexer_loss_coef) and (config.uses("dsa") or config.uses("csa"))
+        self.shared_batch: SharedBatch | None = None
         self.post_init()
+
+    def share_batch(self, **limits: int) -> SharedBatch:
+        """Lets calls of `generate()` from several threads share forwards from now on, until `close()` of the result.
+
+        Args:
+            limits: of `SharedBatch`.
+        """
+        if self.shared_batch is not None:
+            self.shared_batch.close()
+        self.shared_batch = SharedBatch(self, **limits)
+        return self.shared_batch
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """As in transformers. The cache becomes ours before anything is asked of it."""
@@ -411,6 +425,23 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ) -> GenerateNonBeamOutput | torch.LongTensor:
+        """As in transformers; of a text that can share a batch, as one row of it (`continuous_batching`)."""
+        batch = self.shared_batch
+        how = (logits_processor, stopping_criteria, generation_config)
+        if batch is None or not batch.carries(input_ids, generation_config, synced_gpus, kwargs):
+            return super()._sample(input_ids, *how, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
+        return batch.generate(Row(input_ids, kwargs["position_ids"], kwargs["past_key_values"], *how), streamer)
 
     def _assisted_decoding(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs

@@ -4,6 +4,7 @@
     fathom bench --generations v3 v4 --dtypes bf16         models of a preset with random weights
     fathom bench --model runs/sft --contenders stock fathom draft --kinds generate
     fathom bench --kinds decode --contexts 128 2048 32768 --contenders stock fathom compiled
+    fathom bench --kinds serve --contenders fathom shared --batch_sizes 1 4 8 16
 
 Writes every round's time as JSON, a table, and a picture of the cost against the context where there are several. Ends
 with exit code 1, and nothing written, if two contenders compute different things.
@@ -39,13 +40,15 @@ class BenchOptions:
     model: str | None = field(default=None, metadata={"help": "a model of yours instead: folder, or owner/name"})
     contenders: list[str] = field(
         default_factory=lambda: ["stock", "fathom"],
-        metadata={"help": "of stock, fathom, reference, compiled, draft; ratios are against the first"},
+        metadata={"help": "of stock, fathom, reference, compiled, draft, shared; ratios are against the first"},
     )
-    kinds: list[str] | None = field(default=None, metadata={"help": "of prefill, decode, generate, train, memory"})
+    kinds: list[str] | None = field(
+        default=None, metadata={"help": "of prefill, decode, generate, serve, train, memory"}
+    )
     dtypes: list[str] | None = field(default=None, metadata={"help": "of fp32 and bf16"})
     contexts: list[int] | None = field(default=None, metadata={"help": "tokens before those that are decoded"})
     prefills: list[int] | None = field(default=None, metadata={"help": "tokens read at once; of a row in training"})
-    batch_sizes: list[int] | None = field(default=None, metadata={"help": "rows"})
+    batch_sizes: list[int] | None = field(default=None, metadata={"help": "rows; of serve: requests"})
     rounds: int = field(default=5, metadata={"help": "turns of every contender, of which the median counts"})
     steps: int = field(default=16, metadata={"help": "tokens of a turn of decoding"})
     new_tokens: int = field(default=64, metadata={"help": "tokens of a turn of generate"})

@@ -1,4 +1,4 @@
-"""`fathom serve [MODEL]`: an OpenAI-compatible API for a model, by transformers' own server.
+"""`fathom serve [MODEL]`: an OpenAI-compatible API for a model, by transformers' own server and in shared batches.
 
     fathom serve runs/sft     this model
     fathom serve              whatever model a request names, loaded when it does
@@ -7,7 +7,8 @@
         -d '{"model": "runs/sft", "messages": [{"role": "user", "content": "What does len(obj) do?"}]}'
 
 `transformers serve` looks a model's class up in transformers itself, whatever `--trust-remote-code` says
-(cli/serving/model_manager.py, `_load_model`); this verb puts Fathom's there and starts the same server.
+(cli/serving/model_manager.py, `_load_model`); this verb puts Fathom's there and starts the same server, whose requests
+to a model share its forwards (`serving`, `modeling/continuous_batching`).
 """
 
 import sys
@@ -31,6 +32,15 @@ class ServeOptions:
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to serve on; 0.0.0.0 opens it to the network."})
     port: int = field(default=8000, metadata={"help": "Port to serve on; the next free one is taken if it is in use."})
+    max_rows: int = field(default=8, metadata={"help": "Most requests that a model answers at a time; others wait."})
+    max_cached_tokens: int = field(
+        default=65536, metadata={"help": "Most tokens of the cache in all rows, with the padding of shorter ones."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_cached_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,11 +52,12 @@ def main(argv: Sequence[str]) -> int:
     if not is_serve_available():
         raise UserError("serving needs packages that are not installed; run: pip install 'fathom-lm[serve]'")
 
-    from transformers.cli.serve import Serve
+    import uvicorn
     from transformers.cli.serving import model_manager
 
     from ..modeling.modeling_fathom import FathomForCausalLM
     from ..training.checkpoints import check_checkpoint, load_tokenizer
+    from .serving import build_app
 
     if options.model is not None:
         load_tokenizer(options.model)
@@ -56,8 +67,9 @@ def main(argv: Sequence[str]) -> int:
     if port != options.port:
         print(f"port    {options.port} is taken, using {port}")
     print(f"serve   http://{options.host}:{port}/v1  (Ctrl-C ends it)", flush=True)
+    limits = {"max_rows": options.max_rows, "max_cached_tokens": options.max_cached_tokens}
     with suppress(KeyboardInterrupt):
-        Serve(force_model=options.model, host=options.host, port=port)
+        uvicorn.run(build_app(options.model, limits), host=options.host, port=port)
     return 0
 
 

@@ -42,10 +42,10 @@ def page(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
         lines.append(f"- {model} without stock: {reason}")
     lines += [
         "",
-        f"Median of {report['plan']['rounds']} interleaved rounds. `decode` and `generate`: ms per step; `prefill` and "
-        "`train`: tokens per second; `memory`: largest of the process. `limit`: the share of the machine's matrix "
-        "product (prefill, train) or reading (decode) that each contender reaches. `cache`: what is held after the "
-        "last token.",
+        f"Median of {report['plan']['rounds']} interleaved rounds. `decode` and `generate`: ms per step; `prefill`, "
+        "`serve` and `train`: tokens per second; `memory`: largest of the process. `limit`: the share of the machine's "
+        "matrix product (prefill, train) or reading (decode) that each contender reaches. `cache`: what is held after "
+        "the last token.",
     ]
     for model in dict.fromkeys(row["model"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["model"] == model]

@@ -59,6 +59,23 @@ def test_cancelling_ends_the_forward_passes(client: Client, page_server: Any) ->
     assert 20 <= stopped_at == len(seen) < 4000
 
 
+def test_several_users_share_forwards_and_disturb_each_other_in_nothing(client: Client, page_server: Any) -> None:
+    model = page_server.shelf.in_use().model
+    alone, _ = client.predict("the?", max_new_tokens=60, temperature=0.0, api_name="/chat")
+    rows: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *inputs: rows.append(len(inputs[2]["input_ids"])), with_kwargs=True)
+    others = [client.submit("x" * n, max_new_tokens=4000, temperature=0.9, api_name="/chat") for n in (1, 30)]
+    deadline = time.monotonic() + 30
+    while max(rows, default=0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    text, details = client.predict("the?", max_new_tokens=60, temperature=0.0, api_name="/chat")
+    for other in others:
+        other.cancel()
+    hook.remove()
+    assert (text, details["new_tokens"]) == (alone, 60)
+    assert max(rows) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

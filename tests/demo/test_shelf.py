@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -52,6 +54,36 @@ def test_after_a_failure_the_previous_model_is_in_use(runs: Path) -> None:
         shelf.load(str(runs / "damaged"))
     assert shelf.in_use().source == str(runs / "first")
     gc.collect()
+
+
+def test_a_model_that_answers_stays_until_it_has_and_nobody_overtakes(runs: Path) -> None:
+    shelf = Shelf(runs)
+    first, second = str(runs / "first"), str(runs / "second")
+    order: list[str] = []
+
+    def ask(source: str) -> None:
+        with shelf.borrow(source) as loaded:
+            order.append(loaded.source)
+
+    with shelf.borrow(first) as answering:
+        ask(first)
+        askers = [threading.Thread(target=ask, args=(source,)) for source in (second, first)]
+        for asker in askers:
+            asker.start()
+            time.sleep(0.2)
+        assert order == [first], "the second model waits for the answer, the next asker for the second model"
+        assert shelf.in_use() is answering
+    for asker in askers:
+        asker.join(30)
+    assert order == [first, second, first]
+
+
+def test_a_model_that_is_put_away_answers_no_more(runs: Path) -> None:
+    shelf = Shelf(runs)
+    batch = shelf.load(str(runs / "first")).model.shared_batch
+    assert batch.max_rows == module.ANSWERS
+    shelf.load(str(runs / "second"))
+    assert batch.model.shared_batch is None
 
 
 def test_only_what_is_on_offer_can_be_loaded(runs: Path, tiny_checkpoint: Path) -> None:

@@ -1,9 +1,11 @@
 """`fathom serve` as a process: OpenAI's own client gets what the model itself generates, from every generation."""
 
+import json
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,56 @@ def test_one_model(tmp_path: Path) -> None:
             client.chat.completions.create(model="another", messages=MESSAGES)
 
 
+def test_requests_at_the_same_time_get_what_each_gets_alone(tmp_path: Path) -> None:
+    save_with_tokenizer(tmp_path, "v3")
+    sampled = {"generation_config": json.dumps({"do_sample": True, "temperature": 1.5, "top_k": 0})}
+    requests: list[dict[str, Any]] = [
+        {
+            "model": str(tmp_path),
+            "messages": [{"role": "user", "content": "What is 2 * 2?" * (n + 1)}],
+            "max_tokens": 40,
+            # Every other one samples, with a seed of its own; greedy ones end at a string.
+            **({"extra_body": sampled, "seed": n} if n % 2 else {"temperature": 0, "stop": ["zz", "00"]}),
+        }
+        for n in range(6)
+    ]
+    with serving(str(tmp_path), "--max_rows", "3") as client:
+
+        def answer(request: dict[str, Any]) -> str:
+            parts = client.chat.completions.create(**request, stream=True)
+            return "".join(part.choices[0].delta.content or "" for part in parts)
+
+        alone = [answer(request) for request in requests]
+        with ThreadPoolExecutor(6) as pool:
+            # Whoever leaves in the middle of an answer leaves the others alone.
+            left = client.chat.completions.create(**{**requests[0], "max_tokens": 200, "stop": []}, stream=True)
+            next(iter(left))
+            together = list(pool.map(answer, requests))
+            left.close()
+        assert together == alone
+        assert len(set(alone)) == 6
+        assert client.chat.completions.create(**requests[2]).choices[0].message.content == alone[2]
+
+
+@pytest.mark.parametrize("handler", ["ChatRequests", "TextRequests"])
+def test_a_requests_seed_is_its_rows_own(handler: str) -> None:
+    """The process's, which transformers sets, another request may have set again before the first draw."""
+    from transformers import GenerationConfig
+
+    from fathom.scripts import serving
+
+    requests = getattr(serving, handler)(None, serving.SharingState({}))
+    assert requests._build_generation_config({"seed": 5}, GenerationConfig()).seed == 5
+    assert not hasattr(requests._build_generation_config({}, GenerationConfig()), "seed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["./nowhere"], "nowhere"),
         (["{folder}"], "no tokenizer.json"),
         (["{folder}", "--port", "70000"], "port=70000 must be between 1 and 65535"),
+        (["{folder}", "--max_rows", "0"], "max_rows=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:

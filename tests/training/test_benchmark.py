@@ -138,7 +138,7 @@ def test_each_kind_compares_what_it_times(pair, monkeypatch):
     monkeypatch.setattr(measuring, "check_in_fp32", lambda *_: None)
     monkeypatch.setattr(measuring, "interleaved", lambda *_: pytest.fail("timed"))
     change(pair["stock"], "model.layers.1.self_attn.o_proj.weight", 3.0)
-    for kind in ("prefill", "decode", "generate", "train"):
+    for kind in ("prefill", "decode", "generate", "serve", "train"):
         with pytest.raises(Disagreement, match=rf"^tiny {kind} fp32, batch 2, context 2[04]: "):
             rows(replace(TINY, kinds=[kind], new_tokens=16), pair)
 
@@ -227,6 +227,36 @@ def test_drafts_of_a_checkpoint(tiny_checkpoint):
     )
 
 
+def test_requests_are_answered_one_after_another_or_at_once(pair, monkeypatch):
+    """Of different lengths, and by as many forwards as the batch should need."""
+    forwards = {"fathom": [], "shared": []}
+    answer = Contender.answer
+
+    def counted(contender: Contender, requests, count):
+        seen = forwards[contender.name]
+        hook = contender.model.register_forward_pre_hook(
+            lambda *inputs: seen.append(tuple(inputs[2]["input_ids"].shape)), with_kwargs=True
+        )
+        try:
+            return answer(contender, requests, count)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Contender, "answer", counted)
+    plan = replace(TINY, kinds=["serve"], contenders=["fathom", "shared"], batch_sizes=[4], rounds=1, new_tokens=40)
+    (row,) = rows(plan, {"fathom": pair["fathom"], "shared": pair["fathom"]})
+    assert row["same_tokens"] == 1.0
+    for each in row["contenders"].values():
+        assert each["tokens_per_second"] == pytest.approx(4 * 40 / each["median"])
+    times = 2  # once to compare, once to time
+    assert {rows for rows, _ in forwards["fathom"]} == {1}
+    assert len(forwards["fathom"]) == times * 4 * 40
+    for seen in forwards.values():
+        assert sorted(tokens for _, tokens in seen if tokens > 1) == sorted([24, 21, 18, 15] * times)
+    assert max(rows for rows, _ in forwards["shared"]) > 1
+    assert len(forwards["shared"]) < len(forwards["fathom"])
+
+
 def test_memory_is_that_of_processes_of_their_own(pair):
     """A process that holds a gigabyte, as this one does here, does not hand its peak on."""
     ballast = torch.ones(2**28)
@@ -269,6 +299,7 @@ def test_the_commit_is_that_of_the_checkout_itself(tmp_path):
         ({"contexts": [1]}, "--contexts 1 is too small; give at least 2"),
         ({"batch_sizes": [0]}, "--batch_sizes 0 is too small; give at least 1"),
         ({"rounds": 0}, "--rounds 0 must be at least 1"),
+        ({"contenders": ["fathom", "shared"]}, "--contenders shared takes part in serve; add it to --kinds"),
         ({"contenders": ["fathom", "draft"]}, "--contenders draft takes part in generate; add it to --kinds"),
         ({"contenders": ["fathom", "draft"], "kinds": ["generate"]}, "random weights accept no drafts"),
     ],

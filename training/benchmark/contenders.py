@@ -5,11 +5,13 @@
     reference  Fathom with the readable definitions of attention and experts
     compiled   Fathom with a static cache and a compiled step
     draft      Fathom with its MTP layers, generating with `use_mtp=True`
+    shared     Fathom answering all requests at once, in a shared batch
 
 All are loaded from files. Fathom writes them; what stock loads is `fathom export --to transformers` of the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ...modeling.modeling_fathom import FathomForCausalLM
 from ..errors import UserError
 from ..export import export_checkpoint
 
-CONTENDERS = ("stock", "fathom", "reference", "compiled", "draft")
+CONTENDERS = ("stock", "fathom", "reference", "compiled", "draft", "shared")
 # Terms of the training loss that stock does not have. Without them both losses are the same number.
 NO_EXTRA_LOSSES = {"seq_aux_loss_coef": 0.0, "aux_loss_alpha": 0.0, "indexer_loss_coef": 0.0}
 # Tokens that are read at a time to fill a cache: with all of a long text at once, stock's masks need its square.
@@ -101,6 +103,14 @@ class Contender:
             **settings,
         )
         return sequences[:, tokens.shape[1] :]
+
+    def answer(self, requests: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+        """`count` tokens after each of B requests [1, T], [B, count]: one after another, or by `shared` at once."""
+        if self.name != "shared":
+            return torch.cat([self.generate(tokens, count) for tokens in requests])
+        self.model.share_batch(max_rows=len(requests))
+        with ThreadPoolExecutor(len(requests)) as users:
+            return torch.cat(list(users.map(lambda tokens: self.generate(tokens, count), requests)))
 
 
 class Decoding:

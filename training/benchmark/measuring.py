@@ -3,6 +3,7 @@
     prefill   a text of C tokens read at once
     decode    one more token after C; also what the cache then holds
     generate  a continuation of C tokens by `generate()`, which is where drafts count
+    serve     continuations of B requests of C tokens down to half of that, one after another or in a shared batch
     train     forward, backward and AdamW on a batch of rows of C tokens
     memory    the largest memory of a process that loads the model and reads a text of C tokens at once
 
@@ -56,6 +57,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prefill": ("stock", "fathom", "reference"),
     "decode": ("stock", "fathom", "reference", "compiled"),
     "generate": ("stock", "fathom", "draft"),
+    "serve": ("stock", "fathom", "shared"),
     "train": ("stock", "fathom", "reference"),
     "memory": ("stock", "fathom", "reference"),
 }
@@ -79,10 +81,10 @@ class Plan:
         generations: whose models are made with random weights; not looked at if `checkpoint` is given.
         checkpoint: folder of a model of ours to measure instead.
         size: of random models.
-        contexts: tokens before a decoding step, and before `generate`.
+        contexts: tokens before a decoding step, before `generate`, and of the longest request of `serve`.
         prefills: tokens of texts that are read at once, also in training rows and for peak memory.
         steps: tokens per round of decoding.
-        new_tokens: tokens per round of `generate`.
+        new_tokens: tokens per round of `generate`, and per request of `serve`.
     """
 
     generations: Sequence[str]
@@ -145,7 +147,7 @@ class Plan:
         lengths = [2]
         if "decode" in self.kinds:
             lengths.append(max(self.contexts) + COMPARED_STEPS + self.rounds * self.steps)
-        if "generate" in self.kinds:
+        if {"generate", "serve"} & set(self.kinds):
             lengths.append(max(self.contexts) + self.new_tokens)
         if {"prefill", "train", "memory"} & set(self.kinds):
             lengths.append(max(self.prefills))
@@ -229,7 +231,7 @@ def measure_model(
                 continue
             in_memory = torch.float32 if kind == "train" else DTYPES[dtype]
             models = [Contender(each, folders[each], in_memory, device, experts.get(each)) for each in taking_part]
-            contexts = plan.contexts if kind in ("decode", "generate") else plan.prefills
+            contexts = plan.contexts if kind in ("decode", "generate", "serve") else plan.prefills
             for batch, context in product(plan.batch_sizes, contexts):
                 case = Case(name, kind, dtype, batch, context)
                 yield {**asdict(case), **MEASURES[kind](plan, case, models, text)}
@@ -314,13 +316,26 @@ def measure_decode(plan: Plan, case: Case, contenders: Sequence[Contender], text
 
 def measure_generate(plan: Plan, case: Case, contenders: Sequence[Contender], text) -> dict[str, Any]:
     tokens = tokens_of(case, case.context, contenders, text)
-    made = {each.name: each.generate(tokens, plan.new_tokens) for each in contenders}
+    return measure_texts(plan, case, contenders, lambda each: each.generate(tokens, plan.new_tokens))
+
+
+def measure_serve(plan: Plan, case: Case, contenders: Sequence[Contender], text) -> dict[str, Any]:
+    tokens = tokens_of(case, case.context, contenders, text)
+    requests = [row[None, index * case.context // (2 * case.batch) :] for index, row in enumerate(tokens)]
+    return measure_texts(plan, case, contenders, lambda each: each.answer(requests, plan.new_tokens))
+
+
+def measure_texts(
+    plan: Plan, case: Case, contenders: Sequence[Contender], make: Callable[[Contender], torch.Tensor]
+) -> dict[str, Any]:
+    """Times what makes `plan.new_tokens` tokens per row of the case, after a look at whether they are the same."""
+    made = {each.name: make(each) for each in contenders}
     first, *others = made
     same = min([(made[first] == made[each]).float().mean().item() for each in others], default=1.0)
     # In bf16 two scores are often equal, and which of them is larger depends on the order of sums.
     if same < 1 and case.dtype == "fp32":
         raise Disagreement(f"{case}: only {same:.0%} of the generated tokens are the same")
-    runs = {each.name: lambda each=each: each.generate(tokens, plan.new_tokens) for each in contenders}
+    runs = {each.name: lambda each=each: make(each) for each in contenders}
     seconds = interleaved(runs, plan.rounds, contenders[0].device)
     count = plan.new_tokens * case.batch
     return {"same_tokens": same, "contenders": figures(seconds, count, plan.new_tokens)}
@@ -343,6 +358,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "prefill": measure_prefill,
     "decode": measure_decode,
     "generate": measure_generate,
+    "serve": measure_serve,
     "train": measure_train,
 }
 
