@@ -26,7 +26,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .fused import kernels_for, project, seen
+from .fused import kernels_for, project, readable
 from .normalization import FathomRMSNorm
 from .rotary import apply_rotary, yarn_softmax_scale
 
@@ -324,12 +324,12 @@ class MultiHeadLatentAttention(FathomAttention):
             visible: bool [B or 1, T, S], or [B, T, K] with `chosen`; None: every query sees every key.
             chosen: int64 [B, T, K], the keys that a query reads; None: all.
         """
-        query, cache, mask = query.transpose(1, 2), latents.squeeze(1), seen(visible)
+        query, cache = query.transpose(1, 2), latents.squeeze(1)
         kernels = kernels_for(self.training, query.shape[:2].numel(), query, self.kv_b_proj.weight)
-        if kernels is None or mask is None or cache.stride()[1:] != (cache.shape[2], 1):
+        if kernels is None or not readable(visible) or cache.stride()[1:] != (cache.shape[2], 1):
             return None
         sizes = self.scaling, self.kv_lora_rank, self.qk_nope_head_dim
-        return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, mask, chosen)
+        return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, visible, chosen)
 
 
 def eager_with_shared_key(

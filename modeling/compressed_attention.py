@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
 from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
-from .fused import kernels_for, project, seen
+from .fused import kernels_for, project
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -237,8 +237,13 @@ class Indexer(Compressor, TrainableIndexer):
         Returns:
             [B, T, N] in fp32.
         """
-        query = self.q_b_proj(q_latent.detach()).unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
-        return self.scorer(rotate_end(query, *rotation, training=self.training), entries, hidden_states.detach())
+        return self.scorer(self.queries(q_latent.detach(), rotation), entries, hidden_states.detach())
+
+    def queries(self, q_latent: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[B, T, q_lora_rank] -> [B, H, T, index_head_dim]."""
+        (query,) = project(q_latent, self.q_b_proj)
+        query = query.unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
+        return rotate_end(query, *rotation, training=self.training)
 
 
 class CompressedSparseCompressor(Compressor):
@@ -286,6 +291,7 @@ class SlidingWindowAttention(FathomAttention):
         places: torch.Tensor,
         past_key_values: Cache | None = None,
         report_indexer: bool = False,
+        rotations: dict | None = None,
         **kwargs,
     ) -> MixerOutput:
         """Mixes tokens.
@@ -295,11 +301,12 @@ class SlidingWindowAttention(FathomAttention):
             places: [B, T], where the tokens stand (`compressed_cache.token_places`); this takes the part of a mask.
             past_key_values: a `FathomCache` whose layer is a `CompressedCacheLayer`.
             report_indexer: whether the output is to have the indexer's report, where there is an indexer.
+            rotations: what layers share of the cosines and sines of `places`; the first of a kind puts them in.
 
         Returns:
             Attention weights are [B, H, T, S + N], the window's tokens first, then the entries; None with SDPA.
         """
-        rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
+        rotation = self.rotation(hidden_states, places, rotations)
         q_latent, key = project(hidden_states, self.q_a_proj, self.kv_proj)
         q_latent = self.q_a_norm(q_latent)
         (query,) = project(q_latent, self.q_b_proj)
@@ -324,15 +331,21 @@ class SlidingWindowAttention(FathomAttention):
         if self.parts_pay(query) and not report_indexer:
             output, weights = self.attend_in_parts(query, places, keys, key_places, entries, select), None
         else:
-            read = entries["compressor"]
-            visible, scores = select(slice(None), read.shape[1], report_indexer)
-            chosen = visible if scores is None else self.choose(scores, visible)
-            if report_indexer and scores is not None and self.has_report():
-                report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
-            if self.index_dense:
-                chosen = visible
-            elif scores is not None and self.reads_one_query(query):
-                read, chosen = only_chosen(read, chosen, self.index_topk)
+            few = None
+            if self.reads_one_query(query) and not (report_indexer or self.index_dense):
+                few = self.fused_choice(hidden_states, q_latent, rotation, places, entries)
+            if few is not None:
+                read, chosen = few
+            else:
+                read = entries["compressor"]
+                visible, scores = select(slice(None), read.shape[1], report_indexer)
+                chosen = visible if scores is None else self.choose(scores, visible)
+                if report_indexer and scores is not None and self.has_report():
+                    report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
+                if self.index_dense:
+                    chosen = visible
+                elif scores is not None and self.reads_one_query(query):
+                    read, chosen = only_chosen(read, chosen, self.index_topk)
             if self.parts_pay(query):
                 selected = partial(part_of_selection, chosen)
                 output, weights = self.attend_in_parts(query, places, keys, key_places, entries, selected), None
@@ -342,11 +355,22 @@ class SlidingWindowAttention(FathomAttention):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
             )
-        output = (
-            rotate_end(output, *rotation, training=self.training, backwards=True).transpose(1, 2).flatten(2)
-        )  # [B, T, H D]
-        output = self.o_a_proj(output.unflatten(-1, (self.o_groups, -1))).flatten(2)
+        output = rotate_end(output, *rotation, training=self.training, backwards=True)
+        output = output.transpose(1, 2).flatten(2).unflatten(-1, (self.o_groups, -1))  # [B, T, G, H D / G]
+        output = self.o_a_proj(output).flatten(2)
         return MixerOutput(project(output, self.o_b_proj)[0], weights, report)
+
+    def rotation(
+        self, hidden_states: torch.Tensor, places: torch.Tensor, rotations: dict | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the positions of `places` [B, T]; layers with and without entries have their own."""
+        kind = self.compressor is None, places.device
+        if rotations is None or kind not in rotations:
+            rotation = self.rotary_emb(hidden_states, places % DOCUMENT)
+            if rotations is None:
+                return rotation
+            rotations[kind] = rotation
+        return rotations[kind]
 
     def attend_with_sinks(
         self,
@@ -373,8 +397,8 @@ class SlidingWindowAttention(FathomAttention):
         both = torch.cat((keys, entries), dim=1)
         if self.config._attn_implementation == "sdpa":
             kernels = kernels_for(self.training, places.numel(), query.transpose(1, 2), both, self.sinks)
-            if kernels is not None and (mask := seen(visible)) is not None:
-                output = kernels.attend_shared(query.transpose(1, 2), both, mask, self.sinks, self.scaling)
+            if kernels is not None:
+                output = kernels.attend_shared(query.transpose(1, 2), both, visible, self.sinks, self.scaling)
                 return output.transpose(1, 2), None
         if self.reads_one_query(query):
             # By the definition, in two small products: no second copy of the keys is needed to put the sink in. The
@@ -528,9 +552,9 @@ class SlidingWindowAttention(FathomAttention):
         Returns:
             Bool [B, t, N]; fp32 [B, t, N], or None if all that is visible is read.
         """
-        visible = self.visible_entries(places[:, part], entries["places"][:, :count])
         if self.compressor is None:
-            return visible, None
+            return places.new_zeros((*places[:, part].shape, 0), dtype=torch.bool), None
+        visible = self.visible_entries(places[:, part], entries["places"][:, :count])
         first = {name: each[:, :count] for name, each in entries.items()}
         cos, sin = rotation
         # A choice has no gradient: without the indexer's own loss nothing is to be kept for one.
@@ -547,6 +571,21 @@ class SlidingWindowAttention(FathomAttention):
         report_indexer: bool,
     ) -> torch.Tensor | None:
         """What the entries are chosen by, [B, T, N]; None if all visible ones are read."""
+        return None
+
+    def fused_choice(
+        self,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        places: torch.Tensor,
+        entries: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The entries that a single query reads, chosen by the native function; None where it cannot be called.
+
+        Returns:
+            Entries [B, K, D], and which of them it sees, bool [B, 1, K].
+        """
         return None
 
     def has_report(self) -> bool:
@@ -583,6 +622,19 @@ class CompressedSparseAttention(SlidingWindowAttention):
         if all_are_read and not report_indexer:
             return None
         return indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
+
+    def fused_choice(self, hidden_states, q_latent, rotation, places, entries):
+        indexer, keys = self.compressor.indexer, entries["indexer"]
+        if keys.shape[1] <= self.index_topk:
+            return None
+        weight = indexer.scorer.weights_proj.weight
+        kernels = kernels_for(self.training, places.numel(), hidden_states, weight, keys)
+        if kernels is None:
+            return None
+        visible = self.visible_entries(places, entries["places"])
+        query = indexer.queries(q_latent, rotation).transpose(1, 2)
+        chosen, sees = kernels.choose_keys(query, keys, hidden_states, weight, visible, self.index_topk)
+        return take_rows(entries["compressor"], chosen.squeeze(1)), sees
 
     def has_report(self) -> bool:
         return self.compressor.indexer.has_report()

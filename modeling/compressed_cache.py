@@ -94,7 +94,12 @@ class CompressedCacheLayer(FathomCacheLayer):
 
     def gains_entries(self, places: torch.Tensor, block: int) -> bool:
         """Whether any new token, at `places` [B, T], completes a block; also at first, when there is no entry yet."""
-        return not self.entries or bool((places % DOCUMENT % block == block - 1).any())
+        if not self.entries:
+            return True
+        last = places[:, -1].tolist() if places.shape[1] == 1 else None
+        if last is not None:  # a step of decoding: read once, and not by five operations
+            return any(place % DOCUMENT % block == block - 1 for place in last)
+        return bool((places % DOCUMENT % block == block - 1).any())
 
     def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
         """Adds entries [B, M, D] that stand at `places` [B, M], and returns all of them [B, N, D].
@@ -315,7 +320,7 @@ def take_rows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def newest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The last `count` tokens of [B, S, ...]; all, if there are fewer."""
-    return rows[:, max(rows.shape[1] - count, 0) :]
+    return rows if count >= rows.shape[1] else rows[:, rows.shape[1] - count :]
 
 
 def padding_first(streams: dict[str, torch.Tensor], where: torch.Tensor | bool = True) -> dict[str, torch.Tensor]:

@@ -21,7 +21,6 @@ K chosen, E experts, n residual streams, d width.
 
 import ctypes
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -81,21 +80,14 @@ def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:
     return [each(x) for each in maps]
 
 
-class Seen(NamedTuple):
-    """A boolean mask [B, T, S] as the native functions read it; nothing where every query sees every key."""
-
-    pointer: int | None = None
-    batch_stride: int = 0
-    query_stride: int = 0
+def readable(mask: torch.Tensor | None) -> bool:
+    """Whether the native functions can read a mask [B or 1, T, S]: it is boolean, and its keys stand side by side."""
+    return mask is None or (mask.dtype is torch.bool and type(mask) is torch.Tensor and mask.stride(-1) == 1)
 
 
-def seen(mask: torch.Tensor | None) -> Seen | None:
-    """How a mask [B or 1, T, S] is read, None where it cannot be: it adds numbers, or its keys are not side by side."""
-    if mask is None:
-        return Seen()
-    if mask.dtype is not torch.bool or type(mask) is not torch.Tensor or mask.stride(-1) != 1:
-        return None
-    return Seen(mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
+def _seen(mask: torch.Tensor | None) -> tuple[int | None, int, int]:
+    """A mask as the native functions read it; nothing where every query sees every key."""
+    return (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0, mask.stride(1))
 
 
 class Kernels:
@@ -185,7 +177,7 @@ class Kernels:
         scaling: float,
         rank: int,
         nope: int,
-        visible: Seen,
+        visible: torch.Tensor | None,
         chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Absorbed attention of MLA.
@@ -194,6 +186,7 @@ class Kernels:
             query: [B, T, H, D + P].
             cache: [B, S, R + P], rows side by side.
             kv_b: [H (D + D_v), R].
+            visible: bool [B or 1, T, S], see `readable`; None: every query sees every key.
             chosen: int64 [B, T, K], the keys that a query reads, which `visible` is then about; None: all.
 
         Returns:
@@ -210,7 +203,7 @@ class Kernels:
             rank,
             cache.shape[1] if chosen is None else chosen.shape[2],
             None if chosen is None else chosen.data_ptr(),
-            *visible,
+            *_seen(visible),
             kv_b.data_ptr(),
             nope,
             value_width,
@@ -224,13 +217,16 @@ class Kernels:
         return output
 
     def attend_shared(
-        self, query: torch.Tensor, keys: torch.Tensor, visible: Seen, sinks: torch.Tensor, scaling: float
+        self, query: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor | None, sinks: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention with sinks [H] to one key per token, its value too: query [B, T, H, D], keys [B, S, D]."""
+        """Attention with sinks [H] to one key per token, its value too: query [B, T, H, D], keys [B, S, D].
+
+        What is `visible`: as in `attend_latents`.
+        """
         batch, tokens, heads, width = query.shape
         output = torch.empty_like(query)
         self.functions.attend_shared(
-            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *visible),
+            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *_seen(visible)),
             *(batch, tokens, heads, scaling, sinks.data_ptr(), output.data_ptr(), torch.get_num_threads()),
         )
         return output
@@ -241,13 +237,14 @@ class Kernels:
         keys: torch.Tensor,
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
-        visible: Seen,
+        visible: torch.Tensor | None,
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys that an indexer chooses for every query.
 
         Args:
             query: [B, T, J, D]. keys: [B, S, D], rows side by side, S >= K.
+            visible: as in `attend_latents`.
             hidden_states: [B, T, d], which with `weight` [J, d] give the weights of the heads (`head_weights`).
 
         Returns:
@@ -255,11 +252,12 @@ class Kernels:
             fill up where less than K are.
         """
         batch, tokens, heads, width = query.shape
+        query = query.contiguous()
         chosen = torch.empty(batch, tokens, top_k, dtype=torch.int64)
         sees = torch.empty(batch, tokens, top_k, dtype=torch.bool)
         self.functions.choose_keys(
             *(query.data_ptr(), keys.data_ptr(), keys.stride(0), hidden_states.data_ptr(), weight.data_ptr()),
-            *(hidden_states.shape[2], *visible, batch, tokens, heads, width, keys.shape[1], top_k),
+            *(hidden_states.shape[2], *_seen(visible), batch, tokens, heads, width, keys.shape[1], top_k),
             *(chosen.data_ptr(), sees.data_ptr(), torch.get_num_threads()),
         )
         return chosen, sees

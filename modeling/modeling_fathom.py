@@ -337,7 +337,7 @@ class FathomModel(FathomPreTrainedModel):
         Returns:
             `position_ids` [B, T] and `token_mask` [B, T]; and by the kind of token mixers either
             `position_embeddings` and a causal `attention_mask`, or the `places` of tokens in documents
-            (see `compressed_cache`).
+            (see `compressed_cache`) and room for their `rotations`.
         """
         length = inputs_embeds.shape[1]
         token_mask = None
@@ -358,7 +358,8 @@ class FathomModel(FathomPreTrainedModel):
             if attention_mask is not None and token_mask is None:
                 raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
             last = past_key_values.layers[0].last_places if past_key_values is not None else None
-            return {**shared, "places": token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)}
+            places = token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)
+            return {**shared, "places": places, "rotations": {}}
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -29,7 +29,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
-from .fused import kernels_for, project, seen
+from .fused import kernels_for, project, readable
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -114,9 +114,9 @@ class LightningIndexer(TrainableIndexer):
         Args:
             attention_mask: [B or 1, 1, T, S], boolean, or None: every query sees every key. The others: see `scores`.
         """
-        keys, visible = keys.squeeze(1), seen(None if attention_mask is None else attention_mask[:, 0])
+        keys, visible = keys.squeeze(1), None if attention_mask is None else attention_mask[:, 0]
         kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, self.weights_proj.weight)
-        if kernels is None or visible is None or keys.stride()[1:] != (self.head_dim, 1):
+        if kernels is None or not readable(visible) or keys.stride()[1:] != (self.head_dim, 1):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
         return Chosen(*kernels.choose_keys(query, keys, hidden_states, self.weights_proj.weight, visible, top_k))
