@@ -37,6 +37,9 @@ class BenchOptions:
 
     generations: list[str] | None = field(default=None, metadata={"help": f"of {' '.join(USUAL['generations'])}; all"})
     size: str = field(default="nano", metadata={"help": "nano, micro or small; with random weights"})
+    override: list[str] = field(
+        default_factory=list, metadata={"help": "fields of those models' config: num_hidden_layers=8 kv_lora_rank=128"}
+    )
     model: str | None = field(default=None, metadata={"help": "a model of yours instead: folder, or owner/name"})
     contenders: list[str] = field(
         default_factory=lambda: ["stock", "fathom"],
@@ -68,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     from ..training.benchmark.measuring import Disagreement, Plan, run_benchmark, source_code_ids
     from ..training.checkpoints import local_folder, staged_directory
     from ..training.errors import UserError
+    from ..training.options import pairs, typed
     from .results.files import files
 
     if options.threads is not None:
@@ -85,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan(
         **chosen,
         **{name: getattr(options, name) for name in same},
+        override={name: typed(value) for name, value in pairs(options.override, "override").items()},
         checkpoint=checkpoint,
         device=device,
         ceiling_size=512 if options.quick else 2048,

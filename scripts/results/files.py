@@ -30,8 +30,10 @@ def page(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, {machine['device']}; torch {machine['torch']}, "
         f"transformers {machine['transformers']}, fathom {machine['fathom']}"
-        + (f" ({machine['commit']})" if machine["commit"] else ""),
+        + (f" ({machine['commit']})" if machine["commit"] else "")
+        + (", with native functions" if machine["kernels"] else ""),
         "",
+        *models(report["plan"]),
     ]
     for dtype, ceiling in report["ceilings"].items():
         lines.append(
@@ -53,6 +55,14 @@ def page(report: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
     for picture in pictures:
         lines += ["", f"![{picture.removesuffix('.svg').replace('-', ' ')}]({picture})"]
     return "\n".join(lines) + "\n"
+
+
+def models(plan: Mapping[str, Any]) -> list[str]:
+    """What was measured, as lines of a list."""
+    if plan["checkpoint"] is not None:
+        return []
+    changes = ", ".join(f"{name}={value}" for name, value in plan["override"].items())
+    return [f"- models: {plan['size']}, random weights" + (f", {changes}" if changes else "")]
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

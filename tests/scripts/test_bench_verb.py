@@ -105,10 +105,14 @@ def test_the_page_says_how_many_times_better():
         "reference": {"peak_bytes": None, "saving": None},
     }
     rows[0]["contenders"]["fathom"] |= {"cache_bytes": 1500, "share": 0.25}
-    machine = dict.fromkeys(("processor", "threads", "device", "torch", "transformers", "fathom", "commit"), "x")
+    known = ("processor", "threads", "device", "torch", "transformers", "fathom", "commit", "kernels")
+    machine = dict.fromkeys(known, "x")
+    plan = {"rounds": 3, "checkpoint": None, "size": "micro", "override": {"kv_lora_rank": 128, "v_head_dim": 8}}
     ceilings = {"fp32": {"flops": 174e9, "bandwidth": 40e9}}
-    report = {"machine": machine, "ceilings": ceilings, "without_stock": {}, "plan": {"rounds": 3}, "rows": rows}
+    report = {"machine": machine, "ceilings": ceilings, "without_stock": {}, "plan": plan, "rows": rows}
     lines = page(report).splitlines()
+    assert "x, x threads, x; torch x, transformers x, fathom x (x), with native functions" in lines
+    assert "- models: micro, random weights, kv_lora_rank=128, v_head_dim=8" in lines
     assert "- fp32: matrix product 174 GFLOP/s, reading 40.0 GB/s" in lines
     assert "| decode | fp32 | 1 | 128 | 4.00 ms | 2.00 ms (2.00x) |  | 25.0% | 1.50 kB |" in lines
     assert "| prefill | fp32 | 1 | 512 |  | 20 /s |  |  |  |" in lines

@@ -309,6 +309,16 @@ def test_impossible_plans(wrong, says):
         replace(TINY, **wrong)
 
 
+def test_models_of_another_shape(tmp_path):
+    random_checkpoint(tmp_path / "model", "v3", "nano", num_hidden_layers=2, kv_lora_rank=24)
+    config = FathomConfig.from_pretrained(tmp_path / "model")
+    assert (config.num_hidden_layers, config.kv_lora_rank, config.num_nextn_predict_layers) == (2, 24, 0)
+    with pytest.raises(UserError, match="did you mean kv_lora_rank"):
+        random_checkpoint(tmp_path / "none", "v3", "nano", kv_lora_rang=24)
+    with pytest.raises(UserError, match="must be even"):
+        random_checkpoint(tmp_path / "none", "v3", "nano", qk_rope_head_dim=7)
+
+
 def test_texts_longer_than_the_model_reads(pair):
     with pytest.raises(UserError, match="was made for 128 tokens, and the longest text of this plan has 214"):
         replace(TINY, checkpoint=str(pair["fathom"]), contexts=[200])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
 from transformers.utils import logging
@@ -33,8 +34,15 @@ CHUNK = 1024
 
 
 def random_checkpoint(folder: Path, generation: str, size: str, **overrides: Any) -> None:
-    """Writes a model of a preset with random weights and no MTP layers."""
-    config = FathomConfig.preset(generation, size, num_nextn_predict_layers=0, **overrides)
+    """Writes a model of a preset with random weights and, unless they are asked for, no MTP layers.
+
+    Raises:
+        UserError: fields that there are not, or that cannot work.
+    """
+    try:
+        config = FathomConfig.preset(generation, size, **{"num_nextn_predict_layers": 0, **overrides})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(" ".join(str(error).split())) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         FathomForCausalLM(config).save_pretrained(folder)

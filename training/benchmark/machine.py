@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from ...modeling import native
 from ..flops import measured_throughput
 
 # Far more than any cache of a processor holds.
@@ -21,7 +22,7 @@ BANDWIDTH_BYTES = 512 * 2**20
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Hardware, threads and versions, and the commit of the code where it is a checkout."""
+    """Hardware, threads and versions, whether decoding has its native functions, and the commit of a checkout."""
     from ... import __version__
 
     return {
@@ -34,6 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "fathom": __version__,
+        "kernels": device.type == "cpu" and native.wait(),
         "commit": commit_of(Path(__file__).parents[2]),
     }
 

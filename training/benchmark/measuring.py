@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Plan:
 
     Args:
         generations: whose models are made with random weights; not looked at if `checkpoint` is given.
+        override: fields of their config that are not the preset's.
         checkpoint: folder of a model of ours to measure instead.
         size: of random models.
         contexts: tokens before a decoding step, before `generate`, and of the longest request of `serve`.
@@ -98,6 +99,7 @@ class Plan:
     steps: int = 16
     new_tokens: int = 64
     size: str = "nano"
+    override: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     stock_experts: str | None = None
     device: str = "cpu"
@@ -129,6 +131,8 @@ class Plan:
                 raise UserError(f"--contenders {each} takes part in {' and '.join(where)}; add it to --kinds")
         if "draft" in self.contenders and self.checkpoint is None:
             raise UserError("random weights accept no drafts; measure `draft` on a trained model, with --model")
+        if self.checkpoint is not None and self.override:
+            raise UserError("--override is for models with random weights; a model of yours has its own config")
         if self.checkpoint is not None:
             check_checkpoint(Path(self.checkpoint), (MODEL_TYPE, *UNSAID))
             config = FathomConfig.from_pretrained(self.checkpoint)
@@ -196,7 +200,8 @@ def run_benchmark(plan: Plan, text: torch.Tensor | None = None, say: Callable[[s
             folder = Path(temporary)
             source = folder / "fathom" if plan.checkpoint is None else Path(plan.checkpoint)
             if plan.checkpoint is None:
-                random_checkpoint(source, name, plan.size, max_position_embeddings=plan.longest + COMPARED_STEPS)
+                fields = {"max_position_embeddings": plan.longest + COMPARED_STEPS, **plan.override}
+                random_checkpoint(source, name, plan.size, **fields)
             folders = dict.fromkeys(plan.contenders, source)
             if "stock" in plan.contenders and (reason := stock_checkpoint(source, folder / "stock")):
                 report["without_stock"][name] = reason
