@@ -14,11 +14,8 @@ sink is a logit without a value: a head may attend to nothing.
     hca   + every entry of the document, m = 128:     e_i = norm(sum_j softmax_j(Z_j + B_j) * C_j)
     csa   + the best entries, m = 4, chosen by the indexer; an entry reads its own block and the one before
 
-C = W_C x and Z = W_Z x are per channel, B is a bias per place in the block, j runs over the block. In csa layers both
-have twice the channels: the first half is what a token tells the next block's entry, the second half its own's. An
-entry is rotated by its block's first position, and visible from its block's last token on.
-
-The indexer has small entries of its own, scores them and chooses among them as `indexing` says.
+How entries are made: `compressor`. An entry is rotated by its block's first position, and visible from its block's last
+token on. The indexer has small entries of its own, scores them and chooses among them as `indexing` says.
 
 Blocks are counted from the beginning of every document. Where tokens and entries stand is said by places
 (`compressed_cache`).
@@ -43,20 +40,18 @@ from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
 from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
+from .compressor import CompressedSparseCompressor, Compressor
 from .fused import kernels_for, project
 from .indexing import (
-    TrainableIndexer,
     best_keys,
     best_of,
     head_summed_attention,
-    head_weights,
-    index_scores,
     indexer_report,
     rows_at,
 )
 from .normalization import FathomRMSNorm
-from .precision import Float32Linear
-from .rotary import FathomRotaryEmbedding, apply_rotary
+from .rotary import FathomRotaryEmbedding, rotate_end
+from .sinks import eager_with_sinks, sdpa_with_sinks
 
 logger = logging.get_logger(__name__)
 
@@ -82,176 +77,6 @@ class GroupedLinear(nn.Module):
         if kernels is not None:
             return kernels.project_groups(x, self.weight)
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
-
-
-class Compressor(nn.Module):
-    """Makes entries of width D out of blocks of m tokens.
-
-    Its parameters stand in the module that uses it (`self_attn.compressor`, `self_attn.compressor.indexer`), as in
-    transformers' layout.
-    """
-
-    def __init__(self, config, width: int, block: int, overlap: bool):
-        super().__init__()
-        self.width = width
-        self.block = block
-        self.overlap = overlap
-        channels = 2 * width if overlap else width
-        self.kv_proj = nn.Linear(config.hidden_size, channels, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, channels, bias=False)
-        self.position_bias = nn.Parameter(torch.empty(block, channels))
-        self.kv_norm = FathomRMSNorm(width, eps=config.rms_norm_eps)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        init.zeros_(self.position_bias)
-
-    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What a token contributes, values and gates side by side: [B, T, d] -> [B, T, 2 D] or, overlapping, 4 D."""
-        return torch.cat(project(hidden_states, self.kv_proj, self.gate_proj), dim=-1)
-
-    def forward(
-        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor, most_blocks: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entries of the blocks that are completed by tokens beyond a place.
-
-        Args:
-            contributions: [B, S, 2 D or 4 D], of the new tokens and of those before that may share blocks with them.
-            places: [B, S].
-            after: [B, 1], place of the newest token whose entries exist already.
-            most_blocks: as in `blocks`.
-
-        Returns:
-            Entries [B, M, D], not yet rotated, and their places [B, M]; NOWHERE where there is none.
-        """
-        grid, places = blocks(contributions, places, self.block, most_blocks)  # [B, M, m, W], [B, M, m]
-        values, gates = grid.float().chunk(2, dim=-1)
-        # A block's missing tokens, those before its document's first included, have no weight.
-        missing = (places == NOWHERE).unsqueeze(-1)
-        least = torch.finfo(gates.dtype).min
-        gates = (gates + self.position_bias.float()).masked_fill(missing, least)
-        if self.overlap:
-            number = block_number(places.amax(dim=-1), self.block)  # [B, M]
-            follows = F.pad(number[:, 1:] == number[:, :-1] + 1, (1, 0))
-            values, gates = with_block_before(values, 0.0, follows), with_block_before(gates, least, follows)
-        pooled = (gates.softmax(dim=2) * values).sum(dim=2)  # [B, M, D]
-        last = places[..., -1]  # NOWHERE where the block's last token is still to come
-        return self.kv_norm(pooled.to(contributions.dtype)), last.masked_fill(last <= after, NOWHERE)
-
-
-def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
-    """Number of a place's block: blocks of a document follow one another, those of two documents never do."""
-    positions = places % DOCUMENT
-    return places - positions + positions // block
-
-
-def blocks(
-    tokens: torch.Tensor, places: torch.Tensor, block: int, most_blocks: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorts tokens into their blocks.
-
-    Args:
-        tokens: [B, S, W].
-        places: [B, S].
-        block: m.
-        most_blocks: M, for shapes that do not depend on places; of more blocks the newest are taken.
-
-    Returns:
-        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Without
-        `most_blocks`, M is the largest number of blocks that a row touches; rows that touch fewer begin with empty
-        ones.
-    """
-    real = places != NOWHERE
-    number = block_number(places, block)
-    # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
-    highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
-    ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
-    count = max(int(ordinal.max()) + 1, 1) if most_blocks is None else most_blocks
-    ordinal = ordinal - ordinal[:, -1:] + count - 1  # the newest block is the last
-    # One slot more than there are takes the rest.
-    slot = torch.where(real & (ordinal >= 0), ordinal * block + places % DOCUMENT % block, count * block)
-    batch, _, width = tokens.shape
-    grid = tokens.new_zeros(batch, count * block + 1, width)
-    grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
-    grid_places = places.new_full((batch, count * block + 1), NOWHERE).scatter(1, slot, places)
-    return grid[:, :-1].unflatten(1, (count, block)), grid_places[:, :-1].unflatten(1, (count, block))
-
-
-def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) -> torch.Tensor:
-    """Puts the block before in front of every block.
-
-    Args:
-        grid: [B, M, m, 2 D]; the first half of the channels is meant for the next block, the second for its own.
-        fill: value in place of a block before that is not there.
-        follows: [B, M], whether the block before in the row is also the one before in the document.
-
-    Returns:
-        [B, M, 2 m, D].
-    """
-    for_next, for_own = grid.chunk(2, dim=-1)
-    before = F.pad(for_next[:, :-1], (0, 0, 0, 0, 1, 0), value=fill)
-    return torch.cat((before.masked_fill(~follows[..., None, None], fill), for_own), dim=2)
-
-
-class IndexerScorer(nn.Module):
-    """The scores of `indexing`; the weights of the heads stand here in transformers' layout."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weights_proj = Float32Linear(config.hidden_size, config.index_n_heads)
-
-    def forward(self, query: torch.Tensor, entries: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Queries [B, H, T, D], entries [B, N, D] and hidden states [B, T, d] -> fp32 scores [B, T, N]."""
-        return index_scores(query, entries, head_weights(self.weights_proj, hidden_states, query.shape[-1]))
-
-
-class Indexer(Compressor, TrainableIndexer):
-    """Chooses the entries that a query of a `csa` layer sees, by small entries of its own."""
-
-    def __init__(self, config):
-        super().__init__(config, config.index_head_dim, config.compress_rate_csa, overlap=True)
-        self.num_heads = config.index_n_heads
-        self.index_topk = config.index_topk
-        self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * self.width, bias=False)
-        self.scorer = IndexerScorer(config)
-
-    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """As every compressor's, but without a gradient to what it reads."""
-        return super().project(hidden_states.detach())
-
-    def scores(
-        self,
-        hidden_states: torch.Tensor,
-        q_latent: torch.Tensor,
-        entries: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Scores of all entries for all queries.
-
-        Args:
-            hidden_states: [B, T, d].
-            q_latent: [B, T, q_lora_rank], the attention's compressed queries.
-            entries: [B, N, index_head_dim].
-            rotation: cosines and sines of the queries' positions.
-
-        Returns:
-            [B, T, N] in fp32.
-        """
-        return self.scorer(self.queries(q_latent.detach(), rotation), entries, hidden_states.detach())
-
-    def queries(self, q_latent: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[B, T, q_lora_rank] -> [B, H, T, index_head_dim]."""
-        (query,) = project(q_latent, self.q_b_proj)
-        query = query.unflatten(-1, (self.num_heads, self.width)).transpose(1, 2)
-        return rotate_end(query, *rotation, training=self.training)
-
-
-class CompressedSparseCompressor(Compressor):
-    """The compressor of a `csa` layer, which the indexer belongs to in transformers' layout."""
-
-    def __init__(self, config):
-        super().__init__(config, config.head_dim, config.compress_rate_csa, overlap=True)
-        self.indexer = Indexer(config)
 
 
 class SlidingWindowAttention(FathomAttention):
@@ -692,89 +517,6 @@ def only_chosen(entries: torch.Tensor, chosen: torch.Tensor, most: int) -> tuple
     """
     chosen, order = chosen.squeeze(1).byte().topk(min(most, chosen.shape[-1]), sorted=False)
     return take_rows(entries, order), chosen.bool().unsqueeze(1)
-
-
-def eager_with_sinks(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    visible: torch.Tensor,
-    sinks: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: softmax in fp32 over the visible keys and one more logit per head, whose value is 0.
-
-    Args:
-        query: [B, H, T, D].
-        keys: [B, S, D], values at the same time.
-        visible: bool [B, T, S]. A query that sees nothing gives all its weight to the sink.
-        sinks: [H].
-
-    Returns:
-        Output [B, H, T, D] and weights [B, H, T, S] without the sink's.
-    """
-    scores = (query.flatten(1, 2) @ keys.transpose(-1, -2) * scaling).unflatten(1, query.shape[1:3]).float()
-    scores = scores.masked_fill(~visible.unsqueeze(1), torch.finfo(scores.dtype).min)
-    sinks = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype)
-    weights = F.dropout(weights, p=dropout)
-    return (weights.flatten(1, 2) @ keys).unflatten(1, query.shape[1:3]), weights
-
-
-def sdpa_with_sinks(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    visible: torch.Tensor,
-    sinks: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, None]:
-    """The same output as `eager_with_sinks`, by PyTorch's fused kernels, which know no sinks.
-
-    The sink becomes a key that all see, in a dimension of its own: `[q_h, sink_h / scaling] [0, 1] scaling = sink_h`,
-    while the other keys are 0 there. As a value it is 0 where the output is read.
-    """
-    width = query.shape[-1]
-    # The sink's dimension, and zeros up to the next multiple of 8, which fused kernels on a GPU ask for.
-    added = 8 - width % 8
-    sink_query = (sinks / scaling).to(query.dtype).view(1, -1, 1, 1).expand(*query.shape[:-1], 1)
-    query = F.pad(torch.cat((query, sink_query), dim=-1), (0, added - 1))  # [B, H, T, D'], D' = D + added
-    sink_key = (torch.arange(width + added, device=keys.device) == width).to(keys.dtype).expand(len(keys), 1, -1)
-    keys = torch.cat((F.pad(keys, (0, added)), sink_key), dim=1).unsqueeze(1)  # [B, 1, S + 1, D']
-    visible = F.pad(visible, (0, 1), value=True).unsqueeze(1)  # [B, 1, T, S + 1]
-    keys = keys.expand(-1, query.shape[1], -1, -1)
-    output = F.scaled_dot_product_attention(query, keys, keys, attn_mask=visible, dropout_p=dropout, scale=scaling)
-    return output[..., :width], None
-
-
-def rotate_end(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    training: bool,
-    backwards: bool = False,
-    norm_eps: float | None = None,
-) -> torch.Tensor:
-    """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2].
-
-    Args:
-        training: the module's mode (`fused.kernels_for`).
-        backwards: turn back.
-        norm_eps: divide `x` by its root mean square over D before, this number under the root.
-    """
-    width = 2 * cos.shape[-1]
-    first = x.shape[-1] - width
-    kernels = kernels_for(training, cos.shape[:2].numel(), x.transpose(1, 2), cos, sin)
-    if kernels is not None:
-        norm = {} if norm_eps is None else {"norm_width": x.shape[-1], "eps": norm_eps}
-        turned = kernels.norm_rotate(x.transpose(1, 2), cos, sin, first=first, backwards=backwards, **norm)
-        return turned.transpose(1, 2)
-    if norm_eps is not None:
-        x = F.rms_norm(x.float(), x.shape[-1:], eps=norm_eps).to(x.dtype)
-    still, turned = x.split([first, width], dim=-1)
-    turned = apply_rotary(turned.float(), cos, -sin if backwards else sin, interleaved=True)
-    return torch.cat((still, turned.to(x.dtype)), dim=-1)
 
 
 def rotary_config(config, compressed: bool):

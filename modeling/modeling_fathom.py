@@ -40,8 +40,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
 from .cache import adopt_cache
-from .compressed_attention import Compressor, GroupedLinear, SlidingWindowAttention
+from .compressed_attention import GroupedLinear, SlidingWindowAttention
 from .compressed_cache import token_places
+from .compressor import Compressor
 from .configuration_fathom import FathomConfig
 from .continuous_batching import Row, SharedBatch
 from .conversion import OfficialCheckpoints

@@ -14,8 +14,10 @@ import math
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .fused import kernels_for
 from .precision import KeepsFloat32Buffers
 
 
@@ -61,6 +63,36 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     rotated = first * cos - second * sin, second * cos + first * sin
     return torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+
+
+def rotate_end(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    training: bool,
+    backwards: bool = False,
+    norm_eps: float | None = None,
+) -> torch.Tensor:
+    """Rotates the last P dimensions of `x` [B, H, T, D], neighbours as pairs, in fp32; `cos`, `sin` are [B, T, P/2].
+
+    Args:
+        training: the module's mode (`fused.kernels_for`).
+        backwards: turn back.
+        norm_eps: divide `x` by its root mean square over D before, this number under the root.
+    """
+    width = 2 * cos.shape[-1]
+    first = x.shape[-1] - width
+    kernels = kernels_for(training, cos.shape[:2].numel(), x.transpose(1, 2), cos, sin)
+    if kernels is not None:
+        norm = {} if norm_eps is None else {"norm_width": x.shape[-1], "eps": norm_eps}
+        turned = kernels.norm_rotate(x.transpose(1, 2), cos, sin, first=first, backwards=backwards, **norm)
+        return turned.transpose(1, 2)
+    if norm_eps is not None:
+        x = F.rms_norm(x.float(), x.shape[-1:], eps=norm_eps).to(x.dtype)
+    still, turned = x.split([first, width], dim=-1)
+    turned = apply_rotary(turned.float(), cos, -sin if backwards else sin, interleaved=True)
+    return torch.cat((still, turned.to(x.dtype)), dim=-1)
 
 
 def yarn_softmax_scale(config) -> float:

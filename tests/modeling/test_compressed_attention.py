@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling.compressed_attention import Compressor, blocks
 from fathom.modeling.compressed_cache import DOCUMENT, NOWHERE, token_places
+from fathom.modeling.compressor import Compressor, blocks
 
 SHAPE = {
     "hidden_size": 64,

@@ -14,7 +14,7 @@ from torch import nn
 
 from fathom.modeling import fused, native
 from fathom.modeling.attention import MultiHeadLatentAttention
-from fathom.modeling.compressed_attention import GroupedLinear, eager_with_sinks, rotate_end
+from fathom.modeling.compressed_attention import GroupedLinear
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import HashRouter, RoutedExperts, TopKRouter
 from fathom.modeling.feed_forward import FeedForward
@@ -22,7 +22,8 @@ from fathom.modeling.hyper_connections import HyperConnection
 from fathom.modeling.indexing import best_of, index_scores
 from fathom.modeling.modeling_fathom import FathomForCausalLM
 from fathom.modeling.normalization import FathomRMSNorm
-from fathom.modeling.rotary import apply_rotary
+from fathom.modeling.rotary import apply_rotary, rotate_end
+from fathom.modeling.sinks import eager_with_sinks
 from fathom.modeling.sparse_attention import DeepseekSparseAttention
 
 pytestmark = pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler")

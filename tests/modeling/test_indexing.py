@@ -5,11 +5,11 @@ import torch
 from accelerate import cpu_offload
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling import compressed_attention, indexing, sparse_attention
-from fathom.modeling.compressed_attention import Indexer
+from fathom.modeling import compressor, indexing, sparse_attention
+from fathom.modeling.compressor import Indexer
 from fathom.modeling.sparse_attention import LightningIndexer
 
-MODULES = {"v3.2": sparse_attention, "v4": compressed_attention}
+MODULES = {"v3.2": sparse_attention, "v4": compressor}
 
 
 def model(generation: str) -> FathomForCausalLM:

@@ -7,8 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import compressed_attention, fused
-from fathom.modeling.compressed_attention import SlidingWindowAttention, eager_with_sinks, reach, sdpa_with_sinks
+from fathom.modeling.compressed_attention import SlidingWindowAttention, reach
 from fathom.modeling.compressed_cache import DOCUMENT, NOWHERE
+from fathom.modeling.compressor import Compressor
+from fathom.modeling.sinks import eager_with_sinks, sdpa_with_sinks
 
 SHAPE = {
     "hidden_size": 64,
@@ -224,13 +226,13 @@ def test_entries_are_made_by_tokens_that_complete_a_block(monkeypatch):
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :2] = 0
     cache = ours(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
-    made, make = [], compressed_attention.Compressor.forward
+    made, make = [], Compressor.forward
 
     def spy(compressor, *inputs):
         made.append(t)
         return make(compressor, *inputs)
 
-    monkeypatch.setattr(compressed_attention.Compressor, "forward", spy)
+    monkeypatch.setattr(Compressor, "forward", spy)
     for t in range(16, 30):
         ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
     assert sorted(set(made)) == [17, 19, 21, 23, 25, 27, 29]
