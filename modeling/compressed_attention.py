@@ -265,6 +265,7 @@ class SlidingWindowAttention(FathomAttention):
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(self.num_heads))
         self.index_dense = config.index_dense
+        self.index_topk = config.index_topk
         self.compressor = self.make_compressor(config)
         self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
 
@@ -321,12 +322,12 @@ class SlidingWindowAttention(FathomAttention):
             read = entries["compressor"]
             visible, scores = select(slice(None), read.shape[1], report_indexer)
             chosen = visible if scores is None else self.choose(scores, visible)
-            if report_indexer and scores is not None and self.compressor.indexer.has_report():
+            if report_indexer and scores is not None and self.has_report():
                 report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
             if self.index_dense:
                 chosen = visible
             elif scores is not None and self.reads_one_query(query):
-                read, chosen = only_chosen(read, chosen, self.compressor.indexer.index_topk)
+                read, chosen = only_chosen(read, chosen, self.index_topk)
             if self.parts_pay(query):
                 selected = partial(part_of_selection, chosen)
                 output, weights = self.attend_in_parts(query, places, keys, key_places, entries, selected), None
@@ -422,9 +423,7 @@ class SlidingWindowAttention(FathomAttention):
             if scores is None:
                 output, _ = self.attend_with_sinks(*some, visible)
             else:
-                indices, hidden = best_keys(
-                    scores.masked_fill(~visible, float("-inf")), self.compressor.indexer.index_topk
-                )
+                indices, hidden = best_keys(scores.masked_fill(~visible, float("-inf")), self.index_topk)
                 if self.reading_alone_pays(count):
                     output = self.attend_alone(*some, indices, hidden)
                 else:
@@ -438,7 +437,7 @@ class SlidingWindowAttention(FathomAttention):
         A chosen entry is copied and multiplied by its query alone, which costs more per number. A gradient would have
         to be added up row by row, and weights that are dropped out are those of the other way.
         """
-        return not torch.is_grad_enabled() and 4 * self.compressor.indexer.index_topk < entries
+        return not torch.is_grad_enabled() and 4 * self.index_topk < entries
 
     def attend_alone(self, query, places, keys, key_places, entries, indices, hidden) -> torch.Tensor:
         """As `attend_with_sinks` by the definition, with entries of every query's own.
@@ -539,6 +538,10 @@ class SlidingWindowAttention(FathomAttention):
         """What the entries are chosen by, [B, T, N]; None if all visible ones are read."""
         return None
 
+    def has_report(self) -> bool:
+        """Whether there is an indexer with a loss that is of use."""
+        return False
+
     def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Which of the visible entries [B, T, N] a query reads."""
         raise NotImplementedError("a layer that scores entries chooses among them")
@@ -570,9 +573,12 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return None
         return indexer.scores(hidden_states, q_latent, entries["indexer"], rotation)
 
+    def has_report(self) -> bool:
+        return self.compressor.indexer.has_report()
+
     def choose(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         scores = scores.detach().masked_fill(~visible, float("-inf"))
-        return best_of(scores, self.compressor.indexer.index_topk) & visible
+        return best_of(scores, self.index_topk) & visible
 
     def report(
         self,

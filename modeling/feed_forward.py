@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+# Tokens of a row that are mixed at a time where no gradient is asked for.
+TOKENS_AT_ONCE = 4096
+
 
 def gated_activation(
     gate: torch.Tensor, up: torch.Tensor, act_fn: Callable, limit: float | None = None
@@ -21,6 +24,28 @@ def gated_activation(
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return act_fn(gate) * up
+
+
+def in_parts(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)`, which treats each token by itself, for some tokens of a long text at a time.
+
+    What it needs in between is then not held for all of them. A gradient would need all of it anyway, and a compiled
+    graph is made for one length.
+
+    Args:
+        inputs: [..., T, n] with the same T.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs[0].shape[-2] <= TOKENS_AT_ONCE:
+        return function(*inputs)
+    output = None
+    for start in range(0, inputs[0].shape[-2], TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        mixed = function(*(each[..., part, :] for each in inputs))
+        if output is None:
+            # Results of the parts, kept one by one, would lie between the memory that each part frees for the next.
+            output = mixed.new_empty(*inputs[0].shape[:-1], mixed.shape[-1])
+        output[..., part, :] = mixed
+    return output
 
 
 class FeedForward(nn.Module):
@@ -37,6 +62,9 @@ class FeedForward(nn.Module):
         self.swiglu_limit = config.swiglu_limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return in_parts(self._forward, x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gated:
             inner = gated_activation(self.gate_proj(x), self.up_proj(x), self.act_fn, self.swiglu_limit)
             return self.down_proj(inner)

@@ -12,7 +12,8 @@ from fathom.modeling.losses import head_cross_entropy
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 37 * 5)  # five tokens at a time
+    monkeypatch.setattr(losses, "LOGITS_IN_CACHE", 37 * 5)  # five tokens at a time
+    monkeypatch.setattr(losses, "FEWEST_TOKENS", 1)
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
@@ -39,6 +40,24 @@ def test_value_and_gradients_are_those_of_the_full_logits(num_items) -> None:
         gradients.append((loss, *torch.autograd.grad(3 * loss, (hidden, head.weight))))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_logits_that_no_exponential_can_hold() -> None:
+    head, hidden, targets = problem()
+    hidden = (hidden * 500).detach().requires_grad_()
+    assert head(hidden).amax() > 200
+    for function in (plain, head_cross_entropy):
+        loss = function(head, hidden, targets)
+        found = (loss, *torch.autograd.grad(loss, (hidden, head.weight)))
+        if function is plain:
+            expected = found
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_vocabulary_has_as_many_tokens_at_once_as_a_product_needs(monkeypatch) -> None:
+    monkeypatch.undo()
+    assert losses.tokens_at_once(4096, torch.device("cpu")) == 512
+    assert losses.tokens_at_once(129280, torch.device("cpu")) == 128
 
 
 @pytest.mark.parametrize("frozen", ["head", "states"])
