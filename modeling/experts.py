@@ -48,6 +48,19 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # have few: on a CPU such a product is prepared anew for every number of rows, which takes as long as one of a thousand
 # rows, and leaves 0.7 MB of code and buffers behind.
 ROWS = (16, 64)
+# Up to so many rows per expert, on average, a grouped product costs less than sorted ones. Milliseconds of one thread
+# (Zen 5) by `python -m fathom.training.benchmark.experts`, forward / forward and backward, 4 of 16 experts chosen:
+#
+#                rows per expert         1              4             16             64            256            1024
+#   fp32, d=256         sorted   0.35 / 2.5   0.65 / 3.8     1.5 / 6.1      3.7 / 12       12 / 37       70 / 146
+#                      grouped   0.22 / 0.8   0.45 / 2.3     1.3 / 4.6      3.6 / 11       14 / 38       60 / 160
+#   bf16, d=256         sorted   0.83 / 2.9    1.2 / 4.8     1.5 / 5.0      2.3 / 8.3     5.2 / 16       17 / 55
+#                      grouped   0.46 / 1.7    0.8 / 3.1     1.0 / 3.7      2.3 / 7.8     6.3 / 18       24 / 148
+#   fp32, d=768         sorted   3.7 / 14      6.4 / 23      11 / 52        27 / 119      85 / 278      363 / 1136
+#                      grouped   3.3 / 10      6.6 / 34      11 / 45        27 / 94       89 / 291      439 / 1232
+#
+# The loop (`eager`) is behind the better of both everywhere, and a batched product (`batched_mm`) from 2 tokens on.
+GROUPED_ROWS = 64
 
 
 class ExpertRouter(KeepsFloat32Buffers):
@@ -221,15 +234,23 @@ def sorted_mm_experts_forward(
 ) -> torch.Tensor:
     """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way on a CPU.
 
+    Only there: the numbers of rows have to be known, which an accelerator would be waited for. Where experts have few
+    rows, grouped products cost less (`GROUPED_ROWS`), and single tokens are best read one by one.
+
     A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
     it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
     each expert.
     """
+    device, slots = hidden_states.device.type, indices.numel()
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
-    if experts._is_expert_parallel or torch.compiler.is_compiling() or not indices.numel():
+    if experts._is_expert_parallel or torch.compiler.is_compiling() or not slots or device != "cpu":
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
-    if not torch.is_grad_enabled() and 2 * indices.numel() <= experts.num_experts:
+    if not torch.is_grad_enabled() and 2 * slots <= experts.num_experts:
         return _experts_one_by_one(experts, hidden_states, indices, weights)
+    # Its rows have to fill whole 16 bytes.
+    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
+    if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
     return in_parts(partial(_sorted_experts, experts), hidden_states, indices, weights)
 
 

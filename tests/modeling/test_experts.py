@@ -103,8 +103,10 @@ def outputs_and_gradients(
 @pytest.mark.parametrize("unused", [False, True], ids=["all experts", "one expert without tokens"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shared", [0, 2])
-def test_implementations_agree(shared, autocast, unused):
+@pytest.mark.parametrize("grouped_rows", [0, 64], ids=["sorted", "grouped"])
+def test_implementations_agree(grouped_rows, shared, autocast, unused, monkeypatch):
     """Outputs and gradients of the fast implementation are those of the readable loop."""
+    monkeypatch.setattr(experts_module, "GROUPED_ROWS", grouped_rows)
     eager, fast = mixture("eager", n_shared_experts=shared), mixture("sorted_mm", n_shared_experts=shared)
     for module in (eager, fast):
         module.gate.e_score_correction_bias[3] = -100.0 if unused else 0.0
@@ -151,10 +153,38 @@ def test_experts_run_by_a_module_call(implementation):
     assert calls == [(10, 64)]
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_kernel_is_chosen_by_rows_per_expert(gradient, monkeypatch):
+    """64 rows on average of 8 experts are 512 slots, or 256 tokens. Autocast does not reach a grouped product."""
+    calls, grouped = [], experts_module.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(
+        experts_module.ALL_EXPERTS_FUNCTIONS._local_mapping, "grouped_mm", lambda *a: calls.append(a) or grouped(*a)
+    )
+    module, odd = mixture("sorted_mm").experts, mixture("sorted_mm", moe_intermediate_size=25).experts
+
+    def groups(module, tokens, device="cpu"):
+        calls.clear()
+        dtype = module.down_proj.dtype
+        hidden, weights = (torch.rand(tokens, n, device=device, dtype=dtype) for n in (64, 2))
+        with torch.set_grad_enabled(gradient):
+            module(hidden, torch.arange(2 * tokens, device=device).view(tokens, 2) % 8, weights)
+        return bool(calls)
+
+    assert groups(module, 256)
+    assert not groups(module, 257)
+    assert not groups(odd, 256)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not groups(module, 256)
+    assert groups(module.to("meta", torch.bfloat16), 257, "meta"), (
+        "elsewhere than on a CPU nobody can wait for the numbers of rows"
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [40, 700])
 def test_products_in_bf16_are_of_few_lengths(tokens, monkeypatch):
     """Every number of rows that is new costs a CPU about a millisecond and 0.7 MB."""
+    monkeypatch.setattr(experts_module, "GROUPED_ROWS", 0)
     rows, multiply = [], F.linear
     module = mixture("sorted_mm").to(torch.bfloat16)
     indices = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
@@ -173,6 +203,7 @@ def test_long_texts_are_mixed_in_parts(kind, dtype, monkeypatch):
     """Without gradients, so that nothing in between is there for all tokens."""
     module = mixture("sorted_mm").to(dtype).eval()
     module = module if kind == "moe" else module.shared_experts
+    monkeypatch.setattr(experts_module, "GROUPED_ROWS", 0)
     hidden, held, multiply = torch.randn(2, 50, 64, dtype=dtype), [], F.linear
     expected = module(hidden)
 
