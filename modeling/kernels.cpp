@@ -117,45 +117,40 @@ inline float sigmoid(float x) {
   return (x >= 0 ? 1.0f : small) / (1.0f + small);
 }
 
-// Products of R rows of a matrix with C vectors. Many sums at once hide the latency of each, and share what is read.
-template <Size R, Size C, class X>
-inline void products(const X* rows, const float* vectors, Size width, float (&out)[R][C]) {
-  Vector sums[R][C] = {};
+// Calls `take(row, vector, product)` for a row of a matrix and C vectors. Every product has two sums, which hide each
+// other's latency.
+template <Size C, class X, class Take>
+inline void products(const X* matrix, Size row, const float* vectors, Size vector, Size width, Take take) {
+  const X* numbers = matrix + row * width;
+  const float* others = vectors + vector * width;
+  Vector sums[2][C] = {};
   Size i = 0;
+  for (; i + 2 * LANES <= width; i += 2 * LANES)
+    for (Size half = 0; half < 2; ++half) {
+      const Size at = i + half * LANES;
+      const Vector each = load(numbers + at);
+      for (Size c = 0; c < C; ++c) sums[half][c] += each * load(others + c * width + at);
+    }
   for (; i + LANES <= width; i += LANES) {
-    Vector each[C];
-    for (Size c = 0; c < C; ++c) each[c] = load(vectors + c * width + i);
-    for (Size r = 0; r < R; ++r) {
-      const Vector row = load(rows + r * width + i);
-      for (Size c = 0; c < C; ++c) sums[r][c] += row * each[c];
-    }
+    const Vector each = load(numbers + i);
+    for (Size c = 0; c < C; ++c) sums[0][c] += each * load(others + c * width + i);
   }
-  for (Size r = 0; r < R; ++r)
-    for (Size c = 0; c < C; ++c) {
-      out[r][c] = sum(sums[r][c]);
-      for (Size j = i; j < width; ++j) out[r][c] += widened(rows[r * width + j]) * vectors[c * width + j];
-    }
+  for (Size c = 0; c < C; ++c) {
+    float product = sum(sums[0][c] + sums[1][c]);
+    for (Size rest = i; rest < width; ++rest) product += widened(numbers[rest]) * others[c * width + rest];
+    take(row, vector + c, product);
+  }
 }
 
-template <Size R, Size C, class X, class Take>
-inline void take_products(const X* matrix, const float* vectors, Size width, Size row, Size vector, Take take) {
-  float found[R][C];
-  products<R, C>(matrix + row * width, vectors + vector * width, width, found);
-  for (Size r = 0; r < R; ++r)
-    for (Size c = 0; c < C; ++c) take(row + r, vector + c, found[r][c]);
-}
-
-// Calls `take(row, vector, product)` for rows `first` to `last` of a matrix and `count` vectors.
+// The same for rows `first` to `last` and `count` vectors. Rows are read in the order of memory, and each of them once.
 template <class X, class Take>
 inline void multiply(const X* matrix, Size first, Size last, const float* vectors, Size count, Size width, Take take) {
-  Size row = first;
-  for (; row + 8 <= last; row += 8) {
+  for (Size row = first; row < last; ++row) {
     Size vector = 0;
-    for (; vector + 2 <= count; vector += 2) take_products<8, 2>(matrix, vectors, width, row, vector, take);
-    if (vector < count) take_products<8, 1>(matrix, vectors, width, row, vector, take);
+    for (; vector + 4 <= count; vector += 4) products<4>(matrix, row, vectors, vector, width, take);
+    for (; vector + 2 <= count; vector += 2) products<2>(matrix, row, vectors, vector, width, take);
+    if (vector < count) products<1>(matrix, row, vectors, vector, width, take);
   }
-  for (; row < last; ++row)
-    for (Size vector = 0; vector < count; ++vector) take_products<1, 1>(matrix, vectors, width, row, vector, take);
 }
 
 // values += sum over `count` rows of weight * row.
