@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -173,6 +172,50 @@ inline void add_weighted(const X* rows, const float* weights, Size count, Size s
     for (Size row = 0; row < count; ++row) values[i] += weights[row] * widened(rows[row * stride + i]);
 }
 
+inline Quarter load_quarter(const float* from) {
+  Quarter result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+// Puts KEYS rows [KEYS, D] into columns [D, KEYS], four by four.
+void put_into_columns(const float* rows, Size width, float* columns) {
+  Size first = 0;
+  for (; first + 4 <= width; first += 4)
+    for (Size key = 0; key < KEYS; key += 4) {
+      const float* from = rows + key * width + first;
+      const Quarter a = load_quarter(from), b = load_quarter(from + width);
+      const Quarter c = load_quarter(from + 2 * width), d = load_quarter(from + 3 * width);
+      const Quarter ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const Quarter ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Quarter turned[] = {
+          __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+          __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)};
+      for (Size i = 0; i < 4; ++i) std::memcpy(columns + (first + i) * KEYS + key, &turned[i], sizeof turned[i]);
+    }
+  for (; first < width; ++first)
+    for (Size key = 0; key < KEYS; ++key) columns[first * KEYS + key] = rows[key * width + first];
+}
+
+// scores += sum_j w_j relu(q_j k) for KEYS keys in columns and H queries [H, D] with their weights [H]. No sum is taken
+// across a vector, of which there would be one for every key and head.
+template <Size H>
+inline void add_scores(const float* columns, const float* queries, const float* weights, Size width, float* scores) {
+  constexpr Size VECTORS = KEYS / LANES;
+  Vector products[H][VECTORS] = {};
+  for (Size i = 0; i < width; ++i)
+    for (Size v = 0; v < VECTORS; ++v) {
+      const Vector column = load(columns + i * KEYS + v * LANES);
+      for (Size head = 0; head < H; ++head) products[head][v] += queries[head * width + i] * column;
+    }
+  for (Size v = 0; v < VECTORS; ++v) {
+    Vector total = load(scores + v * LANES);
+    for (Size head = 0; head < H; ++head)
+      total += weights[head] * (products[head][v] > 0.0f ? products[head][v] : Vector{});
+    std::memcpy(scores + v * LANES, &total, sizeof total);
+  }
+}
+
 float inverse_rms(const float* x, Size width, float eps) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
@@ -180,15 +223,45 @@ float inverse_rms(const float* x, Size width, float eps) {
   return 1.0f / std::sqrt(total / width + eps);
 }
 
-// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. What is no number is
-// not chosen as long as there are others. `scratch` has room for all scores.
-void best_of(float* scores, Size size, Size count, Size* out, float* scratch) {
-  for (Size i = 0; i < size; ++i) scratch[i] = scores[i] = scores[i] == scores[i] ? scores[i] : HIDDEN;
-  std::nth_element(scratch, scratch + count - 1, scratch + size, std::greater<float>());
-  const float border = scratch[count - 1];
-  Size tied = count - std::count_if(scores, scores + size, [=](float x) { return x > border; });
-  for (Size i = size, left = count; left > 0;)
-    if (scores[--i] > border || (scores[i] == border && tied-- > 0)) out[--left] = i;
+// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last.
+//
+// Read from the end, so that a later score is there first and an equal one does not replace it. Of those that are
+// larger than the `count` best so far, few in a long text, some are gathered before the best are picked out again.
+void best_of(const float* scores, Size size, Size count, Size* out) {
+  struct Candidate {
+    float score;
+    Size index;
+  };
+  const auto better = [](const Candidate& a, const Candidate& b) {
+    return a.score != b.score ? a.score > b.score : a.index > b.index;
+  };
+  std::vector<Candidate> best;
+  best.reserve(2 * count);
+  const auto keep_best = [&] {
+    std::nth_element(best.begin(), best.begin() + count - 1, best.end(), better);
+    best.resize(count);
+  };
+  bool full = false;
+  float border = HIDDEN;  // the smallest score that is among the best, once there are enough
+  for (Size end = size; end > 0;) {
+    const Size begin = std::max<Size>(end - KEYS, 0);
+    float top = HIDDEN;
+#pragma omp simd reduction(max : top)
+    for (Size i = begin; i < end; ++i) top = std::max(top, scores[i]);
+    for (Size i = end; i > begin && !(full && top <= border);) {
+      if (full && scores[--i] <= border) continue;
+      if (!full) --i;
+      best.push_back({scores[i], i});
+      if (static_cast<Size>(best.size()) < 2 * count) continue;
+      keep_best();
+      border = best[count - 1].score;
+      full = true;
+    }
+    end = begin;
+  }
+  if (static_cast<Size>(best.size()) > count) keep_best();
+  std::transform(best.begin(), best.end(), out, [](const Candidate& each) { return each.index; });
+  std::sort(out, out + count);
 }
 
 // The `count` largest of the candidates' values, by index, the largest first; of equal ones the first.
@@ -480,26 +553,33 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
   const Size parts = (count + KEYS_A_TASK - 1) / KEYS_A_TASK;
 #pragma omp parallel num_threads(threads) if (batch * tokens * heads * width * count > WORTH_A_THREAD)
   {
-    std::vector<float> keys(KEYS * width), scratch(count);
+    std::vector<float> keys(KEYS * width), columns(width * KEYS);
 #pragma omp for schedule(dynamic)
     for (Size task = 0; task < batch * parts; ++task) {
       const Size b = task / parts, begin = task % parts * KEYS_A_TASK, end = std::min(begin + KEYS_A_TASK, count);
       for (Size start = begin; start < end; start += KEYS) {
-        const Size some = std::min(KEYS, end - start), first = b * tokens * heads;
-        float* score = &scores[b * tokens * count + start];
+        const Size some = std::min(KEYS, end - start);
         widen(cache + b * batch_stride + start * width, keys.data(), some * width);
-        multiply(keys.data(), 0, some, &wide[first * width], tokens * heads, width,
-                 [&](Size key, Size row, float product) {
-                   score[row / heads * count + key] += weights[first + row] * std::max(product, 0.0f);
-                 });
+        put_into_columns(keys.data(), width, columns.data());
+        for (Size row = b * tokens; row < (b + 1) * tokens; ++row) {
+          float found[KEYS] = {};
+          const float *query = &wide[row * heads * width], *weight_of = &weights[row * heads];
+          Size head = 0;
+          for (; head + 2 <= heads; head += 2)
+            add_scores<2>(columns.data(), query + head * width, weight_of + head, width, found);
+          if (head < heads) add_scores<1>(columns.data(), query + head * width, weight_of + head, width, found);
+          std::copy_n(found, some, &scores[row * count + start]);
+        }
       }
     }
 #pragma omp for schedule(static)
     for (Size row = 0; row < batch * tokens; ++row) {
       float* score = &scores[row * count];
       const uint8_t* sees = seen ? seen + row / tokens * seen_batch + row % tokens * seen_query : nullptr;
-      for (Size key = 0; key < count && sees; ++key) score[key] = sees[key] ? score[key] : HIDDEN;
-      best_of(score, count, top_k, out + row * top_k, scratch.data());
+      // What is no number is not chosen as long as there are others.
+      for (Size key = 0; key < count; ++key)
+        score[key] = (!sees || sees[key]) && score[key] == score[key] ? score[key] : HIDDEN;
+      best_of(score, count, top_k, out + row * top_k);
       for (Size i = 0; i < top_k; ++i) out_seen[row * top_k + i] = score[out[row * top_k + i]] != HIDDEN;
     }
   }
