@@ -16,9 +16,11 @@ number of entries.
 Shapes: B batch, T new tokens, S kept tokens, N entries, D any width.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from .cache_layers import FathomCacheLayer, StaticCacheLayer
+from .cache_layers import FathomCacheLayer, StaticCacheLayer, append_rows
 
 DOCUMENT = 2**32
 NOWHERE = -(2**62)  # the place of padding, and of tokens and entries that a row has not yet
@@ -42,6 +44,7 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.length: int | torch.Tensor = 0
         self.tokens: dict[str, torch.Tensor] = {}  # [B, S, ...] of the newest S tokens; S differs, see `needed`
         self.entries: dict[str, torch.Tensor] = {}  # [B, N, ...]
+        self.buffers: dict[str, torch.Tensor] = {}  # [B, C, ...] that entries are the beginning of, with room for more
         self.padded = False  # whether there may be padding among the tokens
 
     @property
@@ -58,8 +61,20 @@ class CompressedCacheLayer(FathomCacheLayer):
     def reset(self) -> None:
         self.is_initialized = False
         self.length = 0
-        self.tokens, self.entries = {}, {}
+        self.tokens, self.entries, self.buffers = {}, {}, {}
         self.padded = False
+
+    def allocated_nbytes(self) -> int:
+        empty = (buffer.nbytes - self.entries[name].nbytes for name, buffer in self.buffers.items())
+        return super().allocated_nbytes() + sum(empty)
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._change(change)
+        self.buffers = {}
+
+    def _move(self, device: torch.device | str) -> None:
+        super()._move(device)
+        self.buffers = {}
 
     def needed(self, name: str) -> int:
         """How many of the newest tokens of a stream the next token may need."""
@@ -106,13 +121,32 @@ class CompressedCacheLayer(FathomCacheLayer):
 
         Entries that stand NOWHERE are left out, row by row; rows that have fewer than others are filled at the end.
         """
+        there = entries["places"] != NOWHERE  # [B, M]
+        if self.entries and (there == there[:1]).all() and (self.entries["places"] != NOWHERE).all():
+            # No row gains what others do not: nothing is to be moved, and the past is not copied.
+            added = there[0].nonzero().flatten()
+            if len(added):
+                self.entries = {name: self._extended(name, rows[:, added]) for name, rows in entries.items()}
+            return self.entries
         if self.entries:
             entries = {name: torch.cat((self.entries[name], new), 1) for name, new in entries.items()}
+        self.buffers = {}
         # A stable sort moves the gaps of every row to its end and keeps the order of the entries.
         present, order = (entries["places"] != NOWHERE).to(torch.uint8).sort(dim=1, descending=True, stable=True)
         order = order[:, : int(present.sum(dim=1).max())]
         self.entries = {name: take_rows(rows, order) for name, rows in entries.items()}
         return self.entries
+
+    def _extended(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The entries of a name with new ones [B, M, ...] behind them, in their buffer or a larger one."""
+        entries = self.entries[name]
+        if name == "places":
+            return torch.cat((entries, rows), dim=1)
+        buffer = self.buffers.get(name, entries)
+        if buffer.data_ptr() != entries.data_ptr():  # the entries have been replaced
+            buffer = entries
+        self.buffers[name] = append_rows(buffer, entries.shape[1], rows)
+        return self.buffers[name][:, : entries.shape[1] + rows.shape[1]]
 
     def _forget(self) -> None:
         if all(rows.shape[1] <= self.needed(name) for name, rows in self.tokens.items()):
@@ -178,8 +212,8 @@ class CompressedCacheLayer(FathomCacheLayer):
         self._forget()
 
     def _remove_premature_entries(self) -> None:
-        if self.entries:
-            self.entries["places"] = self.entries["places"].masked_fill(self._premature_entries(), NOWHERE)
+        if self.entries and (premature := self._premature_entries()).any():
+            self.entries["places"] = self.entries["places"].masked_fill(premature, NOWHERE)
             self._drop_gaps()
 
     def _premature_entries(self) -> torch.Tensor:

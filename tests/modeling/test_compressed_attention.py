@@ -293,3 +293,19 @@ def test_no_gradient_crosses_documents_or_the_future():
     ours(ids, inputs_embeds=embeds, position_ids=positions).logits[:, 17:30].square().sum().backward()
     seen = embeds.grad[0].abs().sum(-1) > 0
     assert seen.tolist() == [False] * 17 + [True] * 13 + [False] * 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_does_not_copy_the_past(rows):
+    """Entries get a buffer with room at the first that is added; those after it are written behind them."""
+    ours, ids = model(), tokens(rows, 60)
+    cache = ours(ids[:, :16], use_cache=True).past_key_values
+    layer = next(layer for layer in cache.layers if "indexer" in layer.entries)
+    buffers = []
+    for t in range(16, 32):
+        ours(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        buffers.append((layer.entries["indexer"].shape[1], layer.entries["indexer"].data_ptr()))
+    assert [count for count, _ in buffers] == [(t + 1) // 4 for t in range(16, 32)]
+    assert len({pointer for count, pointer in buffers if 5 <= count <= 7}) == 1
+    assert cache.allocated_nbytes() > cache.nbytes()
