@@ -293,7 +293,8 @@ struct Partial {
 // Lets queries `from` to `to` of the T H of sequence `b` see keys `first` to `last`. `wide` has room for KEYS keys.
 void see_keys(const Keys& keys, Size b, Size first, Size last, const float* queries, Size from, Size to, Size tokens,
               Size heads, float scale, Partial* partials, float* wide) {
-  std::vector<float> scores((to - from) * KEYS);
+  std::vector<float> room((to - from) * KEYS);
+  float* scores = room.data();
   const Number* rows = keys.cache + b * keys.batch_stride;
   for (Size start = first; start < last; start += KEYS) {
     const Size count = std::min(KEYS, last - start);
@@ -304,15 +305,16 @@ void see_keys(const Keys& keys, Size b, Size first, Size last, const float* quer
       widen(rows + start * keys.width, wide, count * keys.width);
     }
     multiply(wide, 0, count, queries + from * keys.width, to - from, keys.width,
-             [&](Size key, Size query, float score) { scores[query * KEYS + key] = score * scale; });
+             [=](Size key, Size query, float score) { scores[query * KEYS + key] = score * scale; });
     for (Size query = from; query < to; ++query) {
       Partial& partial = partials[query];
-      float* score = &scores[(query - from) * KEYS];
+      float *score = scores + (query - from) * KEYS, top = partial.largest;
       if (keys.seen) {
         const uint8_t* seen = keys.seen + b * keys.seen_batch + query / heads * keys.seen_query + start;
         for (Size key = 0; key < count; ++key) score[key] = seen[key] ? score[key] : HIDDEN;
       }
-      const float top = std::max(partial.largest, *std::max_element(score, score + count));
+#pragma omp simd reduction(max : top)
+      for (Size key = 0; key < count; ++key) top = std::max(top, score[key]);
       if (top == HIDDEN) continue;
       if (top > partial.largest) {
         const float shrunk = exponential(partial.largest - top);  // about 0 where there was none: so are the sums
