@@ -41,6 +41,8 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Quarter __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 inline float widened(float x) { return x; }
 
@@ -61,6 +63,14 @@ inline Vector load(const bf16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   return reinterpret_cast<Vector>(__builtin_convertvector(halves, Bits) << 16);
+}
+
+inline float widened(int8_t x) { return x; }
+
+inline Vector load(const int8_t* from) {
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
 }
 
 inline void store(float* to, float x) { *to = x; }
@@ -636,6 +646,74 @@ void write_streams(const Number* streams, const Number* output, const float* pos
       add_weighted(streams, weights.data(), n, width, width, mixed.data());
       narrow(mixed.data(), out, width);
     }
+}
+
+// A linear map per group, its weight in int8 with a scale per row: x [N, G, in], weight [G, out, in], scales [G, out]
+// -> out [N, G, out].
+void project_int8(const Number* x, Size tokens, Size groups, Size width, const int8_t* weight, const float* scales,
+                  Size count, Number* out, Size threads) {
+  const std::vector<float> wide = widened(x, tokens * groups * width);
+  const Size blocks = (count + ROWS - 1) / ROWS, alone = groups > 1 ? tokens : 1, together = tokens / alone;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * groups * width * count > WORTH_A_THREAD)
+  for (Size block = 0; block < groups * blocks; ++block) {
+    const Size group = block / blocks, first = block % blocks * ROWS, begin = group * count;
+    for (Size some = 0; some < alone; ++some) {
+      const Size at = some * groups + group;
+      multiply(weight + begin * width, first, std::min(first + ROWS, count), &wide[at * width], together, width,
+               [=](Size row, Size token, float product) {
+                 store(out + (at + token) * count + row, product * scales[begin + row]);
+               });
+    }
+  }
+}
+
+// Gated networks in int8, of which token n goes through those of indices [N, K], weighted by weights [N, K]; without
+// indices there is one: x [N, d] -> out [N, d]. gate and up: I rows [.., d] each, those of the next network `apart` rows
+// further; down: [E, d, I]; a scale per row.
+void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, const float* weights, Size top_k,
+              const int8_t* gate, const float* gate_scales, const int8_t* up, const float* up_scales, Size apart,
+              const int8_t* down, const float* down_scales, Size inner, double limit, Number* out, Size threads) {
+  // Tokens of one network side by side: its weights are then read from memory once.
+  std::vector<Size> slots(tokens * top_k);
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = i;
+  const auto network = [=](Size slot) { return indices ? indices[slot] : 0; };
+  std::stable_sort(slots.begin(), slots.end(), [=](Size a, Size b) { return network(a) < network(b); });
+  const std::vector<float> wide = widened(x, tokens * width);
+  std::vector<float> inners(slots.size() * inner);
+  const Size blocks = (inner + ROWS - 1) / ROWS, tasks = slots.size() * blocks;
+  const float bound = static_cast<float>(limit);
+#pragma omp parallel num_threads(threads) if (slots.size() * inner * width * 3 > WORTH_A_THREAD)
+  {
+#pragma omp for schedule(static)
+    for (Size task = 0; task < tasks; ++task) {
+      const Size slot = slots[task / blocks], begin = network(slot) * apart, first = task % blocks * ROWS;
+      const Size last = std::min(first + ROWS, inner);
+      const float *token = &wide[slot / top_k * width], weight = weights ? weights[slot] : 1.0f;
+      float gates[ROWS], ups[ROWS];
+      multiply(gate + begin * width, first, last, token, 1, width,
+               [&](Size i, Size, float product) { gates[i - first] = product * gate_scales[begin + i]; });
+      multiply(up + begin * width, first, last, token, 1, width,
+               [&](Size i, Size, float product) { ups[i - first] = product * up_scales[begin + i]; });
+      for (Size i = 0; i < last - first; ++i) {
+        const float g = std::min(gates[i], bound), u = std::clamp(ups[i], -bound, bound);
+        inners[slot * inner + first + i] = g * sigmoid(g) * u * weight;
+      }
+    }
+    std::vector<float> sums(tokens * ROWS);
+#pragma omp for schedule(static)
+    for (Size first = 0; first < width; first += ROWS) {
+      const Size last = std::min(first + ROWS, width);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (const Size slot : slots) {
+        const Size begin = network(slot) * width;
+        float* sum = &sums[slot / top_k * ROWS];
+        multiply(down + begin * inner, first, last, &inners[slot * inner], 1, inner,
+                 [=](Size i, Size, float product) { sum[i - first] += product * down_scales[begin + i]; });
+      }
+      for (Size token = 0; token < tokens; ++token)
+        narrow(&sums[token * ROWS], out + token * width + first, last - first);
+    }
+  }
 }
 
 }  // extern "C"
