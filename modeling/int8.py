@@ -8,8 +8,8 @@ Every row of a matrix, an output's weights, has a scale of its own (symmetric, r
 A few tokens on a CPU are multiplied by the numbers as they are stored (`fused`); for many, and wherever there are no
 native functions, the weights are restored first and the module's own definition runs on them.
 
-Not in int8: embeddings, of which a token reads one row; norms, routers, the weights of indexers' heads and hyper-connections,
-which are small and in fp32 for a reason; and `kv_b_proj`, which absorbed attention takes apart (`attention`).
+Not in int8: embeddings, of which a token reads one row; norms, routers, hyper-connections and the weights of indexers'
+heads, which are small and decide much; and `kv_b_proj`, which absorbed attention takes apart (`attention`).
 """
 
 import torch
@@ -23,6 +23,8 @@ from .fused import SILU, kernels_for
 from .precision import KeepsFloat32Buffers
 
 LARGEST = 127
+# That are restored in fp32 on their way to another dtype: all of a layer's experts at once take three times as long.
+NUMBERS_AT_ONCE = 1 << 20
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +37,12 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def restore_rows(numbers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `quantize_rows` has rounded to, in `dtype`."""
-    return (numbers * scale.unsqueeze(-1)).to(dtype)
+    restored = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+    rows, factors, target = numbers.flatten(0, -2), scale.flatten().unsqueeze(-1), restored.flatten(0, -2)
+    count = max(NUMBERS_AT_ONCE // rows.shape[1], 1)
+    for some, factor, part in zip(rows.split(count), factors.split(count), target.split(count), strict=True):
+        part.copy_(some.float().mul_(factor))
+    return restored
 
 
 class Int8Linear(KeepsFloat32Buffers):
@@ -106,44 +113,48 @@ class Int8Experts(KeepsFloat32Buffers, RoutedExperts):
             kernels = kernels_for(self.training, len(hidden_states), hidden_states)
             if kernels is not None:
                 gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale)
-                return kernels.mix_experts_int8(hidden_states, indices, weights, gate_up, down, self.swiglu_limit)
-        # Those experts alone that have tokens.
+                return kernels.mix_int8(hidden_states, indices, weights, *gate_up, *down, self.swiglu_limit)
         used, indices = indices.unique(return_inverse=True)
         with torch.device("meta"):
             experts = RoutedExperts(self.config).eval()
         experts.num_experts = len(used)
-        restored = {
-            "gate_up_proj": restore_rows(self.gate_up_proj[used], self.gate_up_proj_scale[used], hidden_states.dtype),
-            "down_proj": restore_rows(self.down_proj[used], self.down_proj_scale[used], hidden_states.dtype),
-        }
+        restored = {}
+        for name in ("gate_up_proj", "down_proj"):
+            numbers, scale = getattr(self, name).index_select(0, used), getattr(self, f"{name}_scale")[used]
+            restored[name] = restore_rows(numbers, scale, hidden_states.dtype)
         return functional_call(experts, restored, (hidden_states, indices, weights))
 
 
 def refuse_training(module: nn.Module) -> None:
     if module.training:
         raise RuntimeError(
-            "weights in int8 do not learn: train the model that this one was made of and quantise the result; to "
-            "generate, call model.eval()"
+            "weights in int8 do not learn: train the model that this one was made of, and quantise the result; to "
+            "generate with this one, call model.eval()"
         )
 
 
-INT8 = {nn.Linear: Int8Linear, GroupedLinear: Int8GroupedLinear, RoutedExperts: Int8Experts}
+KINDS: dict[type, type] = {nn.Linear: Int8Linear, GroupedLinear: Int8GroupedLinear, RoutedExperts: Int8Experts}
+KEPT = ("kv_b_proj",)
 
 
-def quantize_int8(model: nn.Module, keep: tuple[str, ...] = ("kv_b_proj",)) -> None:
-    """Puts the linear maps and experts of a model into int8, in place and one by one, and the model into eval mode.
+def quantize(model: nn.Module) -> None:
+    """Puts linear maps and experts into int8, in place and one by one, and the model into eval mode.
 
-    Args:
-        keep: last parts of the names of modules that stay as they are.
+    A head that is the embedding stays as it is.
 
     Raises:
-        ValueError: a weight is on disk (offloaded) and cannot be read here.
+        ValueError: a weight is not in memory.
     """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     model.eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
-        kind = INT8.get(type(module))
-        if kind is None or name.rpartition(".")[2] in keep:
+        kind, own = KINDS.get(type(module)), list(module.parameters(recurse=False))
+        if kind is None or name.endswith(KEPT) or any(id(parameter) in embeddings for parameter in own):
             continue
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(f"{name} has no numbers in memory to quantise; load the model without offloading to disk")
+        if any(parameter.is_meta for parameter in own):
+            raise ValueError(f"{name} is not in memory; load the model without device_map, then quantise it")
         model.set_submodule(name, kind(module).eval())
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(type(module) in KINDS.values() for module in model.modules())

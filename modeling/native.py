@@ -69,8 +69,8 @@ _SIGNATURES: dict[str, tuple] = {
     "write_streams": (_pointer, _pointer, _pointer, _pointer, _size, _size, _size, _pointer),
     "project_int8": (_pointer, _size, _size, _size, _pointer, _pointer, _size, _pointer, _size),
     "mix_int8": (
-        *(_pointer, _size, _size, _pointer, _pointer, _size, *(_pointer, _pointer) * 2, _size),
-        *(_pointer, _pointer, _size, _real, _pointer, _size),
+        *(_pointer, _size, _size, _pointer, _pointer, _size, *(_pointer, _pointer) * 2),
+        *(_size, _real, _pointer, _size),
     ),
 }
 
