@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import int8, native
 from fathom.modeling.attention import MultiHeadLatentAttention
+from fathom.modeling.experts import RoutedExperts
 from fathom.modeling.int8 import Int8Experts, Int8GroupedLinear, Int8Linear
 from fathom.modeling.modeling_fathom import FathomPreTrainedModel
 
@@ -81,6 +82,32 @@ def test_linear_maps_of_any_width(dtype, width, batch):
     with torch.no_grad():
         assert_close(quantized(x), expected)
         assert_close(quantized(x.transpose(0, 1)), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("inner", [32, 64, 200], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 40], ids=str)
+def test_experts_of_any_width(dtype, inner, count):
+    """Few tokens and many, with a clamp, against a loop in fp64."""
+    native.wait()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 136, "moe_intermediate_size": inner, "n_routed_experts": 8, "swiglu_limit": 1.5}
+    experts = RoutedExperts(FathomConfig.preset("v4", **sizes)).to(dtype)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    quantized = Int8Experts(experts).eval()
+    x, weights = torch.randn(count, 136).to(dtype), torch.rand(count, 3)
+    indices = torch.rand(count, 8).topk(3).indices
+    gate_up = quantized.gate_up_proj.double() * quantized.gate_up_proj_scale.double()[..., None]
+    down = quantized.down_proj.double() * quantized.down_proj_scale.double()[..., None]
+    expected = torch.zeros(count, 136, dtype=torch.float64)
+    for token in range(count):
+        for weight, expert in zip(weights[token], indices[token], strict=True):
+            gate, up = (gate_up[expert] @ x[token].double()).chunk(2)
+            inside = nn.functional.silu(gate.clamp(max=1.5)) * up.clamp(-1.5, 1.5)
+            expected[token] += weight.double() * (down[expert] @ inside)
+    with torch.no_grad():
+        assert_close(quantized(x, indices, weights), expected)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
