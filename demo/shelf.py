@@ -72,8 +72,11 @@ def untrained(generation: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         return FathomForCausalLM(config).eval(), tokenizer
 
 
-def load_source(source: str) -> Loaded:
+def load_source(source: str, int8: bool = False) -> Loaded:
     """Loads a model and its tokenizer onto the accelerator, or the CPU where there is none.
+
+    Args:
+        int8: put its weights into int8.
 
     Raises:
         UserError: the source is none, or cannot be loaded.
@@ -82,14 +85,16 @@ def load_source(source: str) -> Loaded:
         model, tokenizer = untrained(source.removeprefix(RANDOM))
     else:
         model, tokenizer = load_model(source), load_tokenizer(source)
+    if int8:
+        model.quantize_int8()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return Loaded(source, model, tokenizer)
 
 
-def load_shared(source: str) -> Loaded:
+def load_shared(source: str, int8: bool = False) -> Loaded:
     """As `load_source`; answers that a Fathom model gives at the same time share its forwards."""
-    loaded = load_source(source)
+    loaded = load_source(source, int8)
     if isinstance(loaded.model, FathomForCausalLM):
         loaded.model.share_batch(max_rows=ANSWERS)
     return loaded
@@ -98,15 +103,17 @@ def load_shared(source: str) -> Loaded:
 class Shelf:
     """Finds the sources below a folder and holds the one that is in use."""
 
-    def __init__(self, models_dir: Path, named: Sequence[str] = ()) -> None:
+    def __init__(self, models_dir: Path, named: Sequence[str] = (), int8: bool = False) -> None:
         """Makes an empty shelf.
 
         Args:
             models_dir: checkpoints are looked for here, anew at each call of `sources()`.
             named: further sources, e.g. a Hub id; first in the list.
+            int8: of every model that is loaded, put the weights into int8.
         """
         self.models_dir = models_dir
         self.named = tuple(named)
+        self.int8 = int8
         self._current: Loaded | None = None
         self._answers = 0  # that the current model is giving
         self._changed = threading.Condition()
@@ -150,10 +157,10 @@ class Shelf:
         previous = self._current.source if self._current is not None else None
         self._free()
         try:
-            self._current = load_shared(source)
+            self._current = load_shared(source, self.int8)
         except Exception:
             if previous is not None:
-                self._current = load_shared(previous)
+                self._current = load_shared(previous, self.int8)
             raise
         return self._current
 

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .fused import kernels_for, project, readable
+from .fused import PLAIN, kernels_for, project, readable
 from .normalization import FathomRMSNorm
 from .rotary import apply_rotary, yarn_softmax_scale
 
@@ -272,7 +272,8 @@ class MultiHeadLatentAttention(FathomAttention):
         With an adapter (PEFT) or a quantised weight it does something else, and offloaded (accelerate) it has its
         weight only while it is called.
         """
-        return type(self.kv_b_proj) is nn.Linear and not self.kv_b_proj.weight.is_meta
+        weight = self.kv_b_proj.weight
+        return type(self.kv_b_proj) is nn.Linear and type(weight) in PLAIN and not weight.is_meta
 
     def expanded_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Expands keys and values of every head, then attends as usual. Returns [B, T, H * D_v] and weights."""

@@ -12,6 +12,7 @@ their own definition, which these functions are equal to:
     route                     ExpertRouter.forward
     mix_channels              RoutedExperts.forward, FeedForward.forward
     read_streams              HyperConnection.forward; write_streams: HyperConnection.write
+    project_int8, mix_int8    Int8Linear and Int8GroupedLinear; Int8Experts
 
 Numbers are computed in fp32 and rounded where a function ends, while PyTorch rounds bf16 after every operation.
 
@@ -351,3 +352,37 @@ class Kernels:
             *(batch * tokens, n, width, written.data_ptr()),
         )
         return written
+
+    def project_int8(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int = 1) -> torch.Tensor:
+        """`x W^T` for an int8 weight [n, d] with fp32 scales [n]: [..., d] -> [..., n].
+
+        With groups, as in `project_groups`: [..., G, in], weight [G out, in] and scales [G out] -> [..., G, out].
+        """
+        rows, width = weight.shape[0] // groups, x.shape[-1]
+        output = x.new_empty(*x.shape[:-1], rows)
+        self.functions.project_int8(
+            *(x.data_ptr(), x.numel() // (groups * width), groups, width, weight.data_ptr(), scale.data_ptr(), rows),
+            *(output.data_ptr(), torch.get_num_threads()),
+        )
+        return output
+
+    def mix_int8(
+        self,
+        x: torch.Tensor,
+        indices: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        gate_up_scale: torch.Tensor,
+        down: torch.Tensor,
+        down_scale: torch.Tensor,
+        limit: float | None,
+    ) -> torch.Tensor:
+        """`mix_experts` by int8 weights with fp32 scales [E, 2 I] and [E, d]."""
+        output = torch.empty_like(x)
+        matrices = gate_up, gate_up_scale, down, down_scale
+        self.functions.mix_int8(
+            *(x.data_ptr(), x.shape[0], x.shape[1], indices.data_ptr(), weights.data_ptr(), indices.shape[1]),
+            *(*[each.data_ptr() for each in matrices], down.shape[2], math.inf if limit is None else limit),
+            *(output.data_ptr(), torch.get_num_threads()),
+        )
+        return output

@@ -52,6 +52,7 @@ from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .fused import project
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
+from .int8 import is_quantized, quantize
 from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
@@ -153,8 +154,25 @@ class FathomPreTrainedModel(OfficialCheckpoints):
         elif isinstance(module, SlidingWindowAttention | Compressor):
             module.reset_parameters()
 
+    def quantize_int8(self):
+        """Puts the weights of linear maps and experts into int8, in place, for generation alone; returns the model.
+
+        Half the bytes of bf16, and on a CPU faster steps (`int8`). Nothing of it is saved: call this after loading.
+
+        Raises:
+            ValueError: a weight is not in memory.
+        """
+        quantize(self)
+        return self
+
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers. The config names the classes of all Auto classes, not only of the one saved here."""
+        """As in transformers. The config names the classes of all Auto classes, not only of the one saved here.
+
+        Raises:
+            ValueError: the weights are in int8.
+        """
+        if is_quantized(self):
+            raise ValueError("weights in int8 are not saved; call save_pretrained before quantize_int8")
         self.config.auto_map = dict(AUTO_MAP)
         actual = type(self)
         if actual.__name__.startswith("FSDP"):

@@ -67,6 +67,11 @@ _SIGNATURES: dict[str, tuple] = {
         *(_pointer, _pointer, _pointer, _size),
     ),
     "write_streams": (_pointer, _pointer, _pointer, _pointer, _size, _size, _size, _pointer),
+    "project_int8": (_pointer, _size, _size, _size, _pointer, _pointer, _size, _pointer, _size),
+    "mix_int8": (
+        *(_pointer, _size, _size, _pointer, _pointer, _size, *(_pointer, _pointer) * 2),
+        *(_size, _real, _pointer, _size),
+    ),
 }
 
 _libraries: dict[torch.dtype, ctypes.CDLL | None] = {}

@@ -43,7 +43,7 @@ class BenchOptions:
     model: str | None = field(default=None, metadata={"help": "a model of yours instead: folder, or owner/name"})
     contenders: list[str] = field(
         default_factory=lambda: ["stock", "fathom"],
-        metadata={"help": "of stock, fathom, reference, compiled, draft, shared; ratios are against the first"},
+        metadata={"help": "of stock, fathom, reference, compiled, int8, draft, shared; ratios are against the first"},
     )
     kinds: list[str] | None = field(
         default=None, metadata={"help": "of prefill, decode, generate, serve, train, memory"}

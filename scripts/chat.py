@@ -36,6 +36,7 @@ class ChatOptions:
     models_dir: str = field(default="runs", metadata={"help": "Folder whose checkpoints the page offers."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to serve on; 0.0.0.0 opens it to the network."})
     port: int = field(default=7860, metadata={"help": "Port to serve on; the next free one is taken if it is in use."})
+    int8: bool = field(default=False, metadata={"help": "Weights in int8: a quarter of fp32's bytes, half of bf16's."})
     mcp: bool = field(default=False, metadata={"help": "Also serve the API to MCP clients (needs fathom-lm[mcp])."})
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from ..demo.shelf import Shelf
 
     models_dir = Path(options.models_dir)
-    shelf = Shelf(models_dir, [options.model] if options.model else [])
+    shelf = Shelf(models_dir, [options.model] if options.model else [], int8=options.int8)
     source = shelf.sources()[0]
     print(f"model   {source}", flush=True)
     loaded = shelf.load(source)

@@ -38,9 +38,9 @@ def test_the_first_model_is_freed_before_the_second_is_loaded(runs: Path, monkey
     assert shelf.load(str(runs / "first")).model is first(), "no second copy of the one in use"
     alive = []
 
-    def load(source: str) -> module.Loaded:
+    def load(*args) -> module.Loaded:
         alive.append(first() is not None)
-        return load_source(source)
+        return load_source(*args)
 
     monkeypatch.setattr(module, "load_source", load)
     assert shelf.load(str(runs / "second")).source == str(runs / "second")
@@ -107,6 +107,12 @@ def test_untrained_models_are_the_same_each_time_and_leave_the_generator_alone(g
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
     text = "def f(x):\n    return x"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_model_in_int8(runs: Path) -> None:
+    shelf = Shelf(runs, int8=True)
+    for source in (str(runs / "first"), "random:classic"):
+        assert shelf.load(source).model.lm_head.weight.dtype == torch.int8
 
 
 def test_an_unknown_generation_names_the_near_ones() -> None:

@@ -48,6 +48,15 @@ def test_a_seed_makes_sampling_repeatable(tiny_checkpoint: Path, capsys: Any) ->
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_weights_in_int8(tiny_checkpoint: Path, capsys: Any) -> None:
+    arguments = ["the", "--max_new_tokens", "12", "--temperature", "0", "--int8"]
+    assert main(["generate", str(tiny_checkpoint), *arguments]) == 0
+    model, tokenizer = load_model(str(tiny_checkpoint)).quantize_int8(), load_tokenizer(str(tiny_checkpoint))
+    prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("the")]])
+    output = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(output, skip_special_tokens=True) + "\n"
+
+
 def test_drafts_do_not_change_the_text(tiny_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["the", "--max_new_tokens", "20", "--temperature", "0"]
     texts = []

@@ -88,7 +88,8 @@ def test_figures_are_medians_and_their_ratios():
 
 
 def test_shares_of_the_limits():
-    decode = {"read_bytes": 60, "contenders": {"stock": {"cache_bytes": 40, "seconds_per_step": 2.0, "median": 9.0}}}
+    stock = {"weight_bytes": 60, "cache_bytes": 40, "seconds_per_step": 2.0, "median": 9.0}
+    decode = {"contenders": {"stock": stock}}
     measuring.add_shares(decode, {"flops": 1.0, "bandwidth": 200.0})
     assert decode["contenders"]["stock"]["share"] == 100 / 2.0 / 200
     train = {"operations": 300.0, "contenders": {"stock": {"median": 2.0}}}
@@ -119,6 +120,17 @@ def test_reference_and_bf16_agree(pair):
     found = rows(plan, {**pair, "reference": pair["fathom"]})
     assert [row["kind"] for row in found] == TINY.kinds
     assert all(0 < row["difference"] < 0.1 for row in found)
+
+
+def test_int8_beside_bf16(pair):
+    plan = replace(TINY, contenders=["stock", "fathom", "int8"], dtypes=["bf16"], kinds=["decode"])
+    (row,) = rows(plan, {**pair, "int8": pair["fathom"]})
+    assert 0 < row["difference"] < 0.1
+    figures = row["contenders"]
+    assert figures["stock"]["weight_bytes"] == figures["fathom"]["weight_bytes"]
+    assert 0.5 <= figures["int8"]["weight_bytes"] / figures["fathom"]["weight_bytes"] < 0.7
+    with pytest.raises(UserError, match="add fathom to --contenders"):
+        replace(plan, contenders=["stock", "int8"])
 
 
 @pytest.mark.parametrize(
@@ -205,8 +217,8 @@ def test_weights_read_per_step(pair):
     always = sum(each.nbytes for name, each in weights.items() if ".experts." not in name and "bias" not in name)
     always -= weights["model.embed_tokens.weight"].nbytes
     experts = sum(each.nbytes for name, each in weights.items() if ".mlp.experts." in name)
-    assert measuring.read_weights([contender], batch=2) == always + experts * 4 // 8
-    assert measuring.read_weights([contender], batch=100) == always + experts
+    assert measuring.read_weights(contender, batch=2) == always + experts * 4 // 8
+    assert measuring.read_weights(contender, batch=100) == always + experts
 
 
 def test_drafts_of_a_checkpoint(tiny_checkpoint):

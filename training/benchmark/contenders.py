@@ -4,6 +4,7 @@
     fathom     Fathom as `from_pretrained` loads it
     reference  Fathom with the readable definitions of attention and experts
     compiled   Fathom with a static cache and a compiled step
+    int8       Fathom with its weights in int8
     draft      Fathom with its MTP layers, generating with `use_mtp=True`
     shared     Fathom answering all requests at once, in a shared batch
 
@@ -26,7 +27,7 @@ from ...modeling.modeling_fathom import FathomForCausalLM
 from ..errors import UserError
 from ..export import export_checkpoint
 
-CONTENDERS = ("stock", "fathom", "reference", "compiled", "draft", "shared")
+CONTENDERS = ("stock", "fathom", "reference", "compiled", "int8", "draft", "shared")
 # Terms of the training loss that stock does not have. Without them both losses are the same number.
 NO_EXTRA_LOSSES = {"seq_aux_loss_coef": 0.0, "aux_loss_alpha": 0.0, "indexer_loss_coef": 0.0}
 # Tokens that are read at a time to fill a cache: with all of a long text at once, stock's masks need its square.
@@ -78,6 +79,8 @@ class Contender:
         if experts is not None:
             settings["experts_implementation"] = experts
         self.model = self.load(folder, settings).to(device).eval()
+        if name == "int8":
+            self.model.quantize_int8()
         self.call: Callable = torch.compile(self.model.forward, fullgraph=True) if self.static else self.model
 
     def load(self, folder: Path, settings: dict[str, Any]) -> PreTrainedModel:

@@ -55,7 +55,7 @@ from .machine import ceilings, describe_machine, synchronize
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS: dict[str, tuple[str, ...]] = {
     "prefill": ("stock", "fathom", "reference"),
-    "decode": ("stock", "fathom", "reference", "compiled"),
+    "decode": ("stock", "fathom", "reference", "compiled", "int8"),
     "generate": ("stock", "fathom", "draft"),
     "serve": ("stock", "fathom", "shared"),
     "train": ("stock", "fathom", "reference"),
@@ -129,6 +129,8 @@ class Plan:
             where = [kind for kind, names in KINDS.items() if each in names]
             if not set(where) & set(self.kinds):
                 raise UserError(f"--contenders {each} takes part in {' and '.join(where)}; add it to --kinds")
+        if "int8" in self.contenders and "fathom" not in self.contenders:
+            raise UserError("int8 is measured beside the model that it is made of; add fathom to --contenders")
         if "draft" in self.contenders and self.checkpoint is None:
             raise UserError("random weights accept no drafts; measure `draft` on a trained model, with --model")
         if self.checkpoint is not None and self.override:
@@ -258,9 +260,13 @@ def check_in_fp32(
 
 
 def compare_steps(case: Case, texts: Mapping[str, Decoding]) -> float:
-    """Reads `COMPARED_STEPS` tokens by every contender; what `agree` says of them."""
+    """Reads `COMPARED_STEPS` tokens by every contender; what `agree` says of those that have the same weights.
+
+    Those of `int8` are rounded, and where weights are random other experts are chosen: tests compare it, and text.
+    """
     steps = range(COMPARED_STEPS)
-    return agree(case, {name: torch.stack([each.step() for _ in steps], dim=1) for name, each in texts.items()})
+    logits = {name: torch.stack([each.step() for _ in steps], dim=1) for name, each in texts.items()}
+    return agree(case, {name: each for name, each in logits.items() if name != "int8"})
 
 
 def tokens_of(case: Case, length: int, contenders: Sequence[Contender], text: torch.Tensor | None) -> torch.Tensor:
@@ -315,8 +321,8 @@ def measure_decode(plan: Plan, case: Case, contenders: Sequence[Contender], text
     row = figures(seconds, plan.steps * case.batch, plan.steps)
     for name, each in texts.items():
         row[name]["cache_bytes"] = held_bytes(each.cache)
-    weights = read_weights(contenders, case.batch)
-    return {"difference": found, "read_bytes": weights, "contenders": row}
+        row[name]["weight_bytes"] = read_weights(each.contender if name == "int8" else ours(contenders), case.batch)
+    return {"difference": found, "contenders": row}
 
 
 def measure_generate(plan: Plan, case: Case, contenders: Sequence[Contender], text) -> dict[str, Any]:
@@ -434,13 +440,14 @@ def add_shares(row: dict[str, Any], ceiling: Mapping[str, float]) -> None:
     for each in row["contenders"].values():
         if "operations" in row:
             each["share"] = row["operations"] / each["median"] / ceiling["flops"]
-        elif "read_bytes" in row:
-            each["share"] = (row["read_bytes"] + each["cache_bytes"]) / each["seconds_per_step"] / ceiling["bandwidth"]
+        elif "weight_bytes" in each:
+            read = each["weight_bytes"] + each["cache_bytes"]
+            each["share"] = read / each["seconds_per_step"] / ceiling["bandwidth"]
 
 
 def ours(contenders: Sequence[Contender]) -> Contender:
-    """Any contender that is a Fathom model: what work there is can be counted on it."""
-    return next((each for each in contenders if each.name != "stock"), contenders[0])
+    """Any contender that is a Fathom model of plain weights: what work there is can be counted on it."""
+    return next((each for each in contenders if each.name not in ("stock", "int8")), contenders[0])
 
 
 def forward_flops(contenders: Sequence[Contender], length: int) -> float:
@@ -454,12 +461,12 @@ def forward_flops(contenders: Sequence[Contender], length: int) -> float:
     return operations
 
 
-def read_weights(contenders: Sequence[Contender], batch: int) -> int:
+def read_weights(contender: Contender, batch: int) -> int:
     """Bytes of weights that a decoding step reads: of the experts as many as `batch` tokens choose at most.
 
     Added to what the cache holds it is what must be read where attention is dense; sparse attention reads less.
     """
-    model: PreTrainedModel = ours(contenders).model
+    model: PreTrainedModel = contender.model
     total = sum(parameter.nbytes for parameter in model.parameters())
     total -= model.get_input_embeddings().weight.nbytes
     for module in model.modules():
