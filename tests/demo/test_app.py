@@ -63,7 +63,12 @@ def test_several_users_share_forwards_and_disturb_each_other_in_nothing(client: 
     model = page_server.shelf.in_use().model
     alone, _ = client.predict("the?", max_new_tokens=60, temperature=0.0, api_name="/chat")
     rows: list[int] = []
-    hook = model.register_forward_pre_hook(lambda *inputs: rows.append(len(inputs[2]["input_ids"])), with_kwargs=True)
+
+    def slowly(module: Any, inputs: Any, options: dict) -> None:
+        rows.append(len(options["input_ids"]))
+        time.sleep(0.02)  # else an answer ends before the next one is asked for
+
+    hook = model.register_forward_pre_hook(slowly, with_kwargs=True)
     others = [client.submit("x" * n, max_new_tokens=4000, temperature=0.9, api_name="/chat") for n in (1, 30)]
     deadline = time.monotonic() + 30
     while max(rows, default=0) < 2 and time.monotonic() < deadline:

@@ -22,7 +22,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
 
-from ..modeling.modeling_fathom import FathomForCausalLM
+from ...modeling.modeling_fathom import FathomForCausalLM
 
 
 class SharingManager(GenerateManager):
