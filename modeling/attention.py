@@ -30,11 +30,6 @@ from .fused import PLAIN, kernels_for, project, readable
 from .normalization import FathomRMSNorm
 from .rotary import apply_rotary, yarn_softmax_scale
 
-# Tokens from which on a text is read in blocks of queries, and how many of them, and scores, are held at a time.
-LONG_TEXT = 512
-QUERIES_AT_ONCE = 256
-SCORES_AT_ONCE = 2**24
-
 
 class MixerOutput(NamedTuple):
     """What a token mixer returns."""
@@ -286,25 +281,12 @@ class MultiHeadLatentAttention(FathomAttention):
 
     def attend_expanded(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries [B, H, T, D + P] over keys and values as `expand` returns them -> [B, T, H * D_v] and weights."""
-        if attention_mask is None and self.blocks_pay(query, key):
-            return causal_attention_in_blocks(query, key, value, self.scaling).transpose(1, 2).flatten(2), None
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
         if self.config._attn_implementation != "sdpa" or padding <= 0:
             return self.attend(query, key, value, attention_mask, **kwargs)
         output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
         return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
-
-    def blocks_pay(self, query: torch.Tensor, key: torch.Tensor) -> bool:
-        """Whether plain products beat PyTorch's fused kernel: in bf16 on a CPU, for a long text read at once.
-
-        Measured for 4 heads of 64 and 8 of 96 over 4096 tokens on two cores, in ms: 62 and 169 fused, 29 and 71 in
-        blocks; in fp32 58 and 169, 73 and 222.
-        """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not query.is_cpu:
-            return False
-        whole = LONG_TEXT <= query.shape[2] == key.shape[2]
-        return whole and query.dtype == torch.bfloat16 and self.config._attn_implementation == "sdpa"
 
     def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
@@ -349,30 +331,6 @@ class MultiHeadLatentAttention(FathomAttention):
             return None
         sizes = self.scaling, self.kv_lora_rank, self.qk_nope_head_dim
         return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, visible, chosen)
-
-
-def causal_attention_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """The definition for a text whose queries see the keys up to their own, some queries at a time.
-
-    Args:
-        query, key: [B, H, T, D]. value: [B, H, T, D_v].
-
-    Returns:
-        [B, H, T, D_v]. As in `eager_attention`, scores have the dtype of the queries, the softmax is computed in fp32.
-    """
-    batch, heads, tokens, _ = query.shape
-    query, key, value = (query * scaling).flatten(0, 1), key.flatten(0, 1).transpose(-1, -2), value.flatten(0, 1)
-    rows = max(16, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // (batch * heads * tokens)))
-    hidden = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    outputs = []
-    for start in range(0, tokens, rows):
-        end = min(start + rows, tokens)
-        scores = query[:, start:end] @ key[..., :end]  # [B H, t, S]
-        scores[..., start:].masked_fill_(hidden[: end - start, : end - start], float("-inf"))
-        outputs.append(scores.softmax(dim=-1) @ value[:, :end])
-    return torch.cat(outputs, dim=1).unflatten(0, (batch, heads))
 
 
 def eager_with_shared_key(

@@ -7,7 +7,6 @@ from transformers import StaticCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb
 
 from fathom import FathomConfig, FathomForCausalLM
-from fathom.modeling import attention as attention_module
 from fathom.modeling.attention import MultiHeadAttention, MultiHeadLatentAttention
 from fathom.modeling.rotary import apply_rotary
 
@@ -216,42 +215,3 @@ def test_rotary_frequencies_stay_in_fp32():
         assert torch.equal(convert(model).model.rotary_emb.inv_freq, frequencies)
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
         assert model.lm_head.weight.dtype in (torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("at_once", [64, 2**24])
-@pytest.mark.parametrize("tokens", [5, 64, 150])
-def test_causal_attention_in_blocks(tokens, at_once, monkeypatch):
-    """Blocks of 16, 64 and one, whole and not: the definition under a causal mask."""
-    monkeypatch.setattr(attention_module, "QUERIES_AT_ONCE", 64)
-    monkeypatch.setattr(attention_module, "SCORES_AT_ONCE", at_once)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, tokens, width) for width in (24, 24, 16))
-    found = attention_module.causal_attention_in_blocks(query, key, value, 0.3)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_texts_are_read_in_blocks(dtype, monkeypatch):
-    """In bf16 on a CPU, and only where no mask hides anything else; the output is that of `eager`."""
-    called, original = [], attention_module.causal_attention_in_blocks
-    monkeypatch.setattr(attention_module, "LONG_TEXT", 60)
-    monkeypatch.setattr(
-        attention_module, "causal_attention_in_blocks", lambda *args: called.append(args) or original(*args)
-    )
-    eager, sdpa = mla("eager").to(dtype), mla("sdpa").to(dtype)
-    sdpa.load_state_dict(eager.state_dict())
-    query, latents = torch.randn(2, 2, 70, 48).to(dtype), torch.randn(2, 1, 70, 32).to(dtype)
-    mask = torch.ones(70, 70, dtype=torch.bool).tril().expand(2, 1, 70, 70)
-    expected, _ = eager.expanded_attention(query, latents, mask)
-    output, _ = sdpa.expanded_attention(query, latents, None)
-    assert len(called) == (dtype == torch.bfloat16)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(output.float(), expected.float(), atol=tolerance, rtol=tolerance)
-    called.clear()
-    sdpa.expanded_attention(query, latents, mask)
-    sdpa.expanded_attention(query[:, :, :50], latents[:, :, :50], None)
-    with torch.enable_grad():
-        sdpa.expanded_attention(query, latents, None)
-    assert not called
