@@ -41,7 +41,7 @@ from transformers.utils import logging
 from .attention import FathomAttention, MixerOutput
 from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
 from .compressor import CompressedSparseCompressor, Compressor
-from .fused import kernels_for, project
+from .fused import is_plain, kernels_for, project
 from .indexing import (
     best_keys,
     best_of,
@@ -50,6 +50,7 @@ from .indexing import (
     rows_at,
 )
 from .normalization import FathomRMSNorm
+from .precision import Float32Linear
 from .rotary import FathomRotaryEmbedding, rotate_end
 from .sinks import eager_with_sinks, sdpa_with_sinks
 
@@ -454,7 +455,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return None
         weight = indexer.scorer.weights_proj.weight
         kernels = kernels_for(self.training, places.numel(), hidden_states, weight, keys)
-        if kernels is None:
+        if kernels is None or not is_plain(indexer.scorer.weights_proj, Float32Linear):
             return None
         visible = self.visible_entries(places, entries["places"])
         query = indexer.queries(q_latent, rotation).transpose(1, 2)

@@ -111,9 +111,8 @@ class CompressedCacheLayer(FathomCacheLayer):
         """Whether any new token, at `places` [B, T], completes a block; also at first, when there is no entry yet."""
         if not self.entries:
             return True
-        last = places[:, -1].tolist() if places.shape[1] == 1 else None
-        if last is not None:  # a step of decoding: read once, and not by five operations
-            return any(place % DOCUMENT % block == block - 1 for place in last)
+        if places.shape[1] == 1:  # a step of decoding: read once, and not by five operations
+            return any(place % DOCUMENT % block == block - 1 for place in places.flatten().tolist())
         return bool((places % DOCUMENT % block == block - 1).any())
 
     def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:

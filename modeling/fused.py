@@ -65,19 +65,21 @@ def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Te
     return kernels
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a module multiplies by its weight and nothing else happens when it is called."""
-    return (
-        type(linear) is nn.Linear and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
-    )
+def is_plain(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> bool:
+    """Whether a module multiplies by its weight and nothing else happens when it is called.
+
+    An adapter in its place (PEFT) has a `weight` as well: that of the module it adapts.
+    """
+    return type(linear) is kind and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:
     """`[each(x) for each in maps]`: up to four linear maps of the same tokens [B, T, d]."""
     if x.dim() == 3 and all(map(is_plain, maps)):
-        kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *[each.weight for each in maps])
+        weights = [each.weight for each in maps]
+        kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *weights)
         if kernels is not None:
-            return kernels.project(x, *[each.weight for each in maps])
+            return kernels.project(x, *weights)
     return [each(x) for each in maps]
 
 
@@ -119,8 +121,8 @@ class Kernels:
     def norm_rotate(
         self,
         x: torch.Tensor,
-        cos: torch.Tensor | None = None,
-        sin: torch.Tensor | None = None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         *,
         first: int = 0,
         interleaved: bool = True,
@@ -132,15 +134,11 @@ class Kernels:
         """Norms the first `norm_width` numbers of heads [B, T, H, D], then rotates P of them from `first` on.
 
         Args:
-            cos, sin: [B or 1, T, P / 2], or None: nothing is rotated.
+            cos, sin: [B or 1, T, P / 2].
             norm: [norm_width], the norm's weight, or None without one.
         """
         width, heads = x.shape[-1], x.shape[-2]
         output = torch.empty_like(x)
-        pairs, positions, cosines, sines = 0, 1, None, None
-        if cos is not None and sin is not None:
-            pairs, positions = cos.shape[-1], cos.shape[0] * cos.shape[1]
-            cosines, sines = cos.data_ptr(), sin.data_ptr()
         self.functions.norm_rotate(
             x.data_ptr(),
             output.data_ptr(),
@@ -150,10 +148,10 @@ class Kernels:
             None if norm is None else norm.data_ptr(),
             norm_width,
             eps,
-            cosines,
-            sines,
-            positions,
-            2 * pairs,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[0] * cos.shape[1],
+            2 * cos.shape[-1],
             first,
             interleaved,
             -1.0 if backwards else 1.0,

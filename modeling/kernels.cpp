@@ -129,6 +129,20 @@ inline float sigmoid(float x) {
   return (x >= 0 ? 1.0f : small) / (1.0f + small);
 }
 
+// What is left of products from number i on, and of each two sums one.
+template <Size C, class X, class Take>
+inline void take_products(Vector (&sums)[2][C], const X* numbers, const float* others, Size i, Size width, Take take) {
+  for (; i + LANES <= width; i += LANES) {
+    const Vector each = load(numbers + i);
+    for (Size c = 0; c < C; ++c) sums[0][c] += each * load(others + c * width + i);
+  }
+  for (Size c = 0; c < C; ++c) {
+    float product = sum(sums[0][c] + sums[1][c]);
+    for (Size rest = i; rest < width; ++rest) product += widened(numbers[rest]) * others[c * width + rest];
+    take(c, product);
+  }
+}
+
 // Calls `take(row, vector, product)` for a row of a matrix and C vectors. Every product has two sums, which hide each
 // other's latency.
 template <Size C, class X, class Take>
@@ -143,15 +157,7 @@ inline void products(const X* matrix, Size row, const float* vectors, Size vecto
       const Vector each = load(numbers + at);
       for (Size c = 0; c < C; ++c) sums[half][c] += each * load(others + c * width + at);
     }
-  for (; i + LANES <= width; i += LANES) {
-    const Vector each = load(numbers + i);
-    for (Size c = 0; c < C; ++c) sums[0][c] += each * load(others + c * width + i);
-  }
-  for (Size c = 0; c < C; ++c) {
-    float product = sum(sums[0][c] + sums[1][c]);
-    for (Size rest = i; rest < width; ++rest) product += widened(numbers[rest]) * others[c * width + rest];
-    take(row, vector + c, product);
-  }
+  take_products(sums, numbers, others, i, width, [&](Size c, float product) { take(row, vector + c, product); });
 }
 
 // Int8 rows are read as 32-bit integers, of which every fourth number of a row is taken by two shifts: faster than
@@ -172,15 +178,7 @@ inline void products(const int8_t* matrix, Size row, const float* vectors, Size 
       for (Size c = 0; c < C; ++c) sums[quarter % 2][c] += each * load(others + c * width + i + quarter * LANES);
     }
   }
-  for (; i + LANES <= width; i += LANES) {
-    const Vector each = load(numbers + i);
-    for (Size c = 0; c < C; ++c) sums[0][c] += each * load(others + c * width + i);
-  }
-  for (Size c = 0; c < C; ++c) {
-    float product = sum(sums[0][c] + sums[1][c]);
-    for (Size rest = i; rest < width; ++rest) product += widened(numbers[rest]) * others[c * width + rest];
-    take(row, vector + c, product);
-  }
+  take_products(sums, numbers, others, i, width, [&](Size c, float product) { take(row, vector + c, product); });
 }
 
 // Where the number i of a vector stands that is multiplied by int8 rows: first those that are lowest bytes, and so on.

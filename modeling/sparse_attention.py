@@ -29,7 +29,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
-from .fused import kernels_for, project, readable
+from .fused import is_plain, kernels_for, project, readable
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -116,7 +116,8 @@ class LightningIndexer(TrainableIndexer):
         """
         keys, visible = keys.squeeze(1), None if attention_mask is None else attention_mask[:, 0]
         kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, self.weights_proj.weight)
-        if kernels is None or not readable(visible) or keys.stride()[1:] != (self.head_dim, 1):
+        reads = readable(visible) and keys.stride()[1:] == (self.head_dim, 1)
+        if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
         return Chosen(*kernels.choose_keys(query, keys, hidden_states, self.weights_proj.weight, visible, top_k))

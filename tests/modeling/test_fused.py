@@ -356,6 +356,37 @@ def test_a_map_with_a_hook_a_bias_or_an_adapter_is_called():
         assert fused.is_plain(linear)
 
 
+@pytest.mark.parametrize("generation", ["v3.2", "v4"])
+def test_an_adapter_of_an_indexers_weights_is_heard(generation, monkeypatch):
+    """PEFT's has the adapted module's `weight`, which alone would choose other keys."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.out_features = base, base.out_features
+
+        weight = property(lambda self: self.base.weight)
+
+        def forward(self, x):
+            return -self.base(x)
+
+    torch.manual_seed(0)
+    model = FathomForCausalLM(FathomConfig.preset(generation, index_topk=8, num_nextn_predict_layers=0)).eval()
+    adapted = [each for name, each in model.named_modules() if name.endswith(("indexer", "indexer.scorer"))]
+    for module in adapted:
+        if hasattr(module, "weights_proj"):
+            module.weights_proj = Adapter(module.weights_proj)
+    ids = torch.randint(5, 4000, (1, 120))
+    logits = []
+    for tokens in (fused.FEW_TOKENS, 0):
+        monkeypatch.setattr(fused, "FEW_TOKENS", tokens)
+        with torch.no_grad():
+            cache = model(ids[:, :117], use_cache=True).past_key_values
+            steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in (117, 118, 119)]
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits, atol=5e-6, rtol=0)
+
+
 def test_masks_that_can_be_read():
     mask = torch.rand(2, 3, 5) < 0.5
     assert fused.readable(None)
