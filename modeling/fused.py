@@ -1,4 +1,4 @@
-"""Decoding steps by the functions of `kernels.cpp`.
+"""Decoding steps by the functions of `kernels/`.
 
 Where a step reads a few tokens, PyTorch spends more time on dispatching its many small operations than on computing.
 Modules that decode ask `kernels_for` whether the native functions can do their work; where it says None they go on with
@@ -14,7 +14,8 @@ their own definition, which these functions are equal to:
     read_streams              HyperConnection.forward; write_streams: HyperConnection.write
     project_int8, mix_int8    Int8Linear and Int8GroupedLinear; Int8Experts
 
-Numbers are computed in fp32 and rounded where a function ends, while PyTorch rounds bf16 after every operation.
+Products are summed in fp32 and rounded where they are multiplied again or a function ends, while PyTorch rounds bf16
+after every operation.
 
 Shapes: B batch, T tokens per sequence, N = B T tokens, H heads, D head width, P rotary width, R latent width, S keys,
 K chosen, E experts, n residual streams, d width.

@@ -1,4 +1,4 @@
-"""Builds `kernels.cpp` for this machine and loads it; what its functions are for, `fused` says.
+"""Builds `kernels/` for this machine and loads it; what its functions are for, `fused` says.
 
 The first decoding step on a CPU starts the system's C++ compiler in the background (some seconds, once per machine);
 until it is done, and where there is no compiler, PyTorch's own operations serve. What is built stays in
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 NUMBERS = {torch.float32: "float", torch.bfloat16: "bf16"}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # From the best to what every compiler takes: Apple's has no OpenMP, some processors have no `native`.
@@ -80,7 +80,7 @@ _lock = threading.Lock()
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of `kernels.cpp` for tensors of `dtype`; None while they are built, and where they cannot be."""
+    """The functions of `kernels/` for tensors of `dtype`; None while they are built, and where they cannot be."""
     if dtype in _libraries or dtype not in NUMBERS:
         return _libraries.get(dtype)
     with _lock:
@@ -125,7 +125,8 @@ def _built(number: str) -> Path:
     if os.environ.get("FATHOM_KERNELS") == "0":
         raise OSError("FATHOM_KERNELS=0")
     compiler = _compiler()
-    identity = "\0".join((SOURCE.read_text(encoding="utf-8"), number, compiler, _version(compiler), _processor()))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    identity = "\0".join((*sources, number, compiler, _version(compiler), _processor()))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom-lm"
     target = root / f"kernels-{number}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.is_file():
@@ -139,7 +140,7 @@ def _built(number: str) -> Path:
 
 def _compile(compiler: str, number: str, target: Path) -> None:
     for choice in CHOICES:
-        command = [compiler, *FLAGS, *choice, f"-DNUMBER={number}", str(SOURCE), "-o", str(target)]
+        command = [compiler, *FLAGS, *choice, f"-DNUMBER={number}", str(SOURCES / "kernels.cpp"), "-o", str(target)]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=LONGEST_BUILD)
             return
