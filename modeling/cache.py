@@ -33,6 +33,10 @@ class FathomCache(Cache):
         """Bytes of all tensors, with empty room and bookkeeping."""
         return sum(layer.allocated_nbytes() for layer in self.layers)
 
+    def layer(self, layer_idx: int) -> FathomCacheLayer:
+        """That of the mixer with this index."""
+        return self.layers[layer_idx]
+
     def fetch(self, layer_idx: int, device: torch.device) -> FathomCacheLayer:
         """The layer, with all its tensors on `device`; where layers are offloaded, the next begins to come too."""
         layer = self.layers[layer_idx]

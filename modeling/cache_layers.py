@@ -148,6 +148,17 @@ class KeyValueCacheLayer(FathomCacheLayer):
         self.length += key_states.shape[-2]
         return self.keys, self.values  # type: ignore[return-value]
 
+    def take(self, tokens: int) -> int:
+        """Counts so many tokens more, whose keys and values the caller writes into `buffers`; there is room for them.
+
+        Returns:
+            The column of the first.
+        """
+        start, self.length = self.length, self.length + tokens
+        for name, rows in self.buffers.items():
+            self.buffers[name] = with_room(rows, start, self.length)
+        return start
+
     def keep(self, tokens: int) -> None:
         self.length = tokens
 
@@ -199,12 +210,21 @@ def append_rows(buffer: torch.Tensor, length: int, rows: torch.Tensor) -> torch.
         return rows.new_empty(*rows.shape[:-2], end, 0)
     if rows.requires_grad or buffer.requires_grad:
         return torch.cat((buffer[..., :length, :], rows), dim=-2)
-    if end > buffer.shape[-2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
-        larger = buffer.new_empty(*buffer.shape[:-2], end + end // 2, buffer.shape[-1])
-        larger[..., :length, :] = buffer[..., :length, :]
-        buffer = larger
+    buffer = with_room(buffer, length, end)
     buffer[..., length:end, :] = rows
     return buffer
+
+
+def with_room(buffer: torch.Tensor, length: int, end: int) -> torch.Tensor:
+    """A buffer [B, H, C, D], larger by half if it must be, whose columns up to `end` may be written to.
+
+    Tensors of inference mode may not, outside of it.
+    """
+    if end <= buffer.shape[-2] and (not buffer.is_inference() or torch.is_inference_mode_enabled()):
+        return buffer
+    larger = buffer.new_empty(*buffer.shape[:-2], end + end // 2, buffer.shape[-1])
+    larger[..., :length, :] = buffer[..., :length, :]
+    return larger
 
 
 class StaticCacheLayer(FathomCacheLayer):
@@ -287,6 +307,14 @@ class StaticKeyValueCacheLayer(StaticCacheLayer):
         for name, new in (("keys", key_states), ("values", value_states)):
             self.buffers[name].index_copy_(2, positions, new)
         return self.buffers["keys"], self.buffers["values"]
+
+    def take(self, tokens: int) -> int | None:
+        """As in the growing form; None where there is no room."""
+        start = int(self.length)
+        if start + tokens > self.max_cache_len:
+            return None
+        self.length.add_(tokens)
+        return start
 
     def keep(self, tokens: int) -> None:
         self.length.fill_(tokens)

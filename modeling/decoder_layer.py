@@ -15,6 +15,7 @@ from .compressed_attention import CompressedSparseAttention, HeavilyCompressedAt
 from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
+from .native_layer import decode_channels, decode_layer
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
 from .sparse_attention import DeepseekSparseAttention
@@ -75,6 +76,11 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             input_ids: [B, T], for channel mixers that route by token id.
             position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
         """
+        if not kwargs.get("report_indexer"):
+            shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
+            decoded = decode_layer(self, hidden_states, *shared)
+            if decoded is not None:
+                return LayerOutput(*decoded)
         mixer_input, mixing = self.attn_hc(hidden_states)
         mixed, _, indexer_report = self.self_attn(
             self.input_layernorm(mixer_input),
@@ -84,6 +90,9 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = self.attn_hc.write(hidden_states, mixed, mixing)
+        decoded = decode_channels(self, hidden_states, token_mask, input_ids)
+        if decoded is not None:
+            return LayerOutput(*decoded, None, indexer_report)
         mixer_input, mixing = self.ffn_hc(hidden_states)
         mixed, expert_counts, balance_loss = self.mlp(
             self.post_attention_layernorm(mixer_input), token_mask=token_mask, input_ids=input_ids

@@ -59,6 +59,9 @@ class DraftCache(FathomDynamicCache):
         self.first = config.num_hidden_layers
         self.layers = [cache_layer(config, self.first + depth) for depth in range(config.num_nextn_predict_layers)]
 
+    def layer(self, layer_idx: int):
+        return super().layer(layer_idx - self.first)
+
     def fetch(self, layer_idx: int, device: torch.device):
         return super().fetch(layer_idx - self.first, device)
 

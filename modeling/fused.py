@@ -89,7 +89,7 @@ def readable(mask: torch.Tensor | None) -> bool:
     return mask is None or (mask.dtype is torch.bool and type(mask) is torch.Tensor and mask.stride(-1) == 1)
 
 
-def _seen(mask: torch.Tensor | None) -> tuple[int | None, int, int]:
+def seen(mask: torch.Tensor | None) -> tuple[int | None, int, int]:
     """A mask as the native functions read it; nothing where every query sees every key."""
     return (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0, mask.stride(1))
 
@@ -203,7 +203,7 @@ class Kernels:
             rank,
             cache.shape[1] if chosen is None else chosen.shape[2],
             None if chosen is None else chosen.data_ptr(),
-            *_seen(visible),
+            *seen(visible),
             kv_b.data_ptr(),
             nope,
             value_width,
@@ -226,7 +226,7 @@ class Kernels:
         batch, tokens, heads, width = query.shape
         output = torch.empty_like(query)
         self.functions.attend_shared(
-            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *_seen(visible)),
+            *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *seen(visible)),
             *(batch, tokens, heads, scaling, sinks.data_ptr(), output.data_ptr(), torch.get_num_threads()),
         )
         return output
@@ -257,7 +257,7 @@ class Kernels:
         sees = torch.empty(batch, tokens, top_k, dtype=torch.bool)
         self.functions.choose_keys(
             *(query.data_ptr(), keys.data_ptr(), keys.stride(0), hidden_states.data_ptr(), weight.data_ptr()),
-            *(hidden_states.shape[2], *_seen(visible), batch, tokens, heads, width, keys.shape[1], top_k),
+            *(hidden_states.shape[2], *seen(visible), batch, tokens, heads, width, keys.shape[1], top_k),
             *(chosen.data_ptr(), sees.data_ptr(), torch.get_num_threads()),
         )
         return chosen, sees

@@ -15,6 +15,7 @@
 #include "experts.h"
 #include "indexer.h"
 #include "int8.h"
+#include "layers.h"
 #include "linear.h"
 #include "streams.h"
 #include "vectors.h"

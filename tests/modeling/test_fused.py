@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fathom.modeling import fused, native
+from fathom.modeling import decoder_layer, fused, native
 from fathom.modeling.attention import MultiHeadLatentAttention
 from fathom.modeling.compressed_attention import GroupedLinear
 from fathom.modeling.configuration_fathom import FathomConfig
@@ -452,13 +452,14 @@ def test_pytorch_serves_until_the_build_is_done(monkeypatch):
 
 
 def test_sparse_steps_are_native(monkeypatch):
-    """Where a layer has more keys than it reads, choice and attention are both native."""
+    """Where a layer has more keys than it reads, choice and attention are both native, each by itself too."""
     called = []
     for name in ("choose_keys", "attend_latents"):
         original = getattr(fused.Kernels, name)
         monkeypatch.setattr(
             fused.Kernels, name, lambda *args, n=name, o=original, **kw: called.append(n) or o(*args, **kw)
         )
+    monkeypatch.setattr(decoder_layer, "decode_layer", lambda *_: None)
     model = FathomForCausalLM(FathomConfig.preset("v3.2", index_topk=8, num_nextn_predict_layers=0)).eval()
     assert isinstance(model.model.layers[0].self_attn, DeepseekSparseAttention)
     ids = torch.randint(5, 4000, (1, 21))

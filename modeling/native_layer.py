@@ -1,0 +1,376 @@
+"""Decoder layers of a decoding step, each by one native call.
+
+In a step of a few tokens the calls of a layer's modules, some twenty, take longer than what they compute. Where every
+module of a layer is as it was built, `kernels/layers.h` runs the layer's functions in the same order without coming
+back to Python: all of it with MLA (sparse or not) and one residual stream, else the channel mixer and what stands
+around it. Whatever else a layer may have (hooks, adapters, int8 weights, other activations) is called module by module.
+
+The structures below are those of `kernels/layers.h`.
+"""
+
+import ctypes
+import math
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
+
+from .attention import MultiHeadLatentAttention
+from .cache import FathomCache
+from .cache_layers import KeyValueCacheLayer, StaticKeyValueCacheLayer
+from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedExperts, TopKRouter
+from .feed_forward import DenseChannelMixer, FeedForward
+from .fused import PLAIN, SILU, Kernels, kernels_for, readable, seen
+from .hyper_connections import HyperConnection
+from .normalization import FathomRMSNorm
+from .precision import Float32Linear
+from .residual import ResidualConnection
+from .sparse_attention import DeepseekSparseAttention, LightningIndexer
+
+_pointer, _size, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Connection(ctypes.Structure):
+    _fields_ = [
+        *_fields(_size, "n"),
+        *_fields(_pointer, "fn base scale"),
+        *_fields(_real, "norm_eps eps"),
+        *_fields(_size, "iterations"),
+    ]
+
+
+class _LatentAttention(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "norm q_a q_norm q_b kv_a kv_norm kv_b out"),
+        *_fields(_real, "norm_eps q_eps kv_eps scale"),
+        *_fields(_size, "heads q_rank rank nope rotary value_width interleaved"),
+    ]
+
+
+class _Indexer(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "wq wk norm norm_bias weights"),
+        *_fields(_real, "eps"),
+        *_fields(_size, "heads width top_k"),
+    ]
+
+
+class _ChannelMixer(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "norm"),
+        *_fields(_real, "norm_eps"),
+        *_fields(_pointer, "router bias table"),
+        *_fields(_size, "experts top_k groups best_groups group_top scoring normalises"),
+        *_fields(_real, "weight_scale"),
+        *_fields(_pointer, "gate_up down"),
+        *_fields(_size, "inner"),
+        *_fields(_pointer, "shared_gate shared_up shared_down"),
+        *_fields(_size, "shared_inner"),
+        *_fields(_real, "limit"),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *_fields(_size, "width"),
+        ("attention", _LatentAttention),
+        ("indexer", _Indexer),
+        ("channels", _ChannelMixer),
+        ("connection", _Connection),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "latents"),
+        *_fields(_size, "latents_stride"),
+        *_fields(_pointer, "index_keys"),
+        *_fields(_size, "index_stride length"),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *_fields(_size, "batch tokens"),
+        *_fields(_pointer, "cos sin"),
+        *_fields(_size, "positions"),
+        *_fields(_pointer, "seen"),
+        *_fields(_size, "seen_batch seen_query"),
+        *_fields(_pointer, "real ids"),
+        *_fields(_size, "threads"),
+    ]
+
+
+class _Unfit(Exception):
+    """A module that is not as it was built."""
+
+
+class NativeLayer:
+    """Where the numbers of a decoder layer stand, and whether they still do.
+
+    Attributes:
+        decodes: "layer", "channels" (the channel mixer and its connection) or None: what native functions can do.
+        experts: number of routed experts.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.tensors: list[torch.Tensor] = []
+        self.dtype = layer.input_layernorm.weight.dtype
+        self.layer = _Layer(width=layer.input_layernorm.weight.shape[0])
+        self.decodes: str | None = None
+        try:
+            self.layer.channels = self.channel_mixer(layer.post_attention_layernorm, layer.mlp)
+            self.layer.connection = self.connection(layer.ffn_hc)
+            self.decodes = "channels"
+            if type(layer.attn_hc) is ResidualConnection and type(layer.ffn_hc) is ResidualConnection:
+                self.layer.attention = self.latent_attention(layer.input_layernorm, layer.self_attn)
+                self.layer.indexer = self.indexer(layer.self_attn)
+                self.decodes = "layer"
+        except _Unfit:
+            pass
+        self.experts = self.layer.channels.experts
+        self.address = ctypes.addressof(self.layer)
+        self.pointers = [each.data_ptr() for each in self.tensors]
+        self.settings = vars(layer.self_attn.config)
+        # Where submodules, parameters and buffers are looked up, and who listens to a call.
+        self.stores = [store for each in layer.modules() for store in (each._modules, each._parameters, each._buffers)]
+        self.held = [*chain.from_iterable(store.values() for store in self.stores)]
+        self.ids = [id(each) for each in self.held]
+        inner = [each for each in layer.modules() if each is not layer]
+        self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+
+    def fits(self) -> bool:
+        """Whether the layer still has the same modules and tensors, in the same places."""
+        if [*map(id, chain.from_iterable(map(dict.values, self.stores)))] != self.ids:
+            return False
+        return [each.data_ptr() for each in self.tensors] == self.pointers
+
+    def is_free(self) -> bool:
+        """Whether nobody listens to the layer's modules, and the config asks for no other implementations."""
+        settings = self.settings
+        if settings.get("_attn_implementation_internal") != "sdpa" or (
+            self.experts and settings.get("_experts_implementation_internal") != "sorted_mm"
+        ):
+            return False
+        return not any(self.hooks) or not any(map(_listens, self.hooks))
+
+    def pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
+        """A tensor's address, noted down; `dtype` is the layer's unless given."""
+        if tensor is None:
+            return None
+        expected = self.dtype if dtype is None else dtype
+        if type(tensor) not in PLAIN or tensor.dtype is not expected or not (tensor.is_cpu and tensor.is_contiguous()):
+            raise _Unfit
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def weight(self, module: nn.Module, kind: type[nn.Module] = nn.Linear) -> int | None:
+        """Of a module that multiplies by its weight and does no more."""
+        if type(module) is not kind or getattr(module, "bias", None) is not None or "forward" in vars(module):
+            raise _Unfit
+        return self.pointer(module.weight)  # type: ignore[arg-type]
+
+    def norm(self, module: nn.Module) -> tuple[int | None, float]:
+        return self.weight(module, FathomRMSNorm), module.eps  # type: ignore[return-value]
+
+    def connection(self, module: nn.Module) -> _Connection:
+        if type(module) is ResidualConnection:
+            return _Connection(n=1)
+        if type(module) is not HyperConnection:
+            raise _Unfit
+        weights = [self.pointer(each) for each in (module.fn, module.base, module.scale)]
+        return _Connection(module.hc_mult, *weights, module.norm_eps, module.hc_eps, module.sinkhorn_iters)
+
+    def latent_attention(self, norm: nn.Module, module: nn.Module) -> _LatentAttention:
+        if type(module) not in (MultiHeadLatentAttention, DeepseekSparseAttention):
+            raise _Unfit
+        found = _LatentAttention(
+            heads=module.num_heads,
+            rank=module.kv_lora_rank,
+            nope=module.qk_nope_head_dim,
+            rotary=module.qk_rope_head_dim,
+            value_width=module.v_head_dim,
+            interleaved=module.rope_interleave,
+            scale=module.scaling,
+            kv_a=self.weight(module.kv_a_proj_with_mqa),
+            kv_b=self.weight(module.kv_b_proj),
+            out=self.weight(module.o_proj),
+        )
+        found.norm, found.norm_eps = self.norm(norm)
+        found.kv_norm, found.kv_eps = self.norm(module.kv_a_layernorm)
+        if module.compresses_queries:
+            found.q_a, found.q_b = self.weight(module.q_a_proj), self.weight(module.q_b_proj)
+            found.q_norm, found.q_eps = self.norm(module.q_a_layernorm)
+            found.q_rank = module.q_a_proj.out_features
+        else:
+            found.q_b = self.weight(module.q_proj)
+        return found
+
+    def indexer(self, attention: nn.Module) -> _Indexer:
+        if type(attention) is MultiHeadLatentAttention:
+            return _Indexer()
+        module, norm = attention.indexer, attention.indexer.k_norm
+        if type(module) is not LightningIndexer or type(norm) is not nn.LayerNorm:
+            raise _Unfit
+        return _Indexer(
+            wq=self.weight(module.wq_b),
+            wk=self.weight(module.wk),
+            norm=self.pointer(norm.weight),
+            norm_bias=self.pointer(norm.bias),
+            weights=self.weight(module.weights_proj, Float32Linear),
+            eps=norm.eps,
+            heads=module.n_heads,
+            width=module.head_dim,
+            # A dense model's indexer keeps its keys, and chooses nothing.
+            top_k=2**62 if attention.index_dense else attention.index_topk,
+        )
+
+    def channel_mixer(self, norm: nn.Module, module: nn.Module) -> _ChannelMixer:
+        found = _ChannelMixer(limit=math.inf)
+        found.norm, found.norm_eps = self.norm(norm)
+        if type(module) is DenseChannelMixer:
+            self.everyone(found, module)
+            return found
+        if type(module) not in (MixtureOfExperts, HashMixtureOfExperts):
+            raise _Unfit
+        router, experts = module.gate, module.experts
+        if type(router) not in (TopKRouter, HashRouter) or type(experts) is not RoutedExperts:
+            raise _Unfit
+        if not isinstance(experts.act_fn, SILU) or experts._is_expert_parallel:
+            raise _Unfit
+        choice, bias, table, _ = router.fused_choice(None)
+        names = "top_k groups best_groups group_top scoring normalises weight_scale"
+        for name, number in zip(names.split(), choice, strict=True):
+            setattr(found, name, number)
+        found.router, found.experts = self.pointer(router.weight), router.num_experts
+        found.bias, found.table = self.pointer(bias, torch.float32), self.pointer(table, torch.int64)
+        found.gate_up, found.down = self.pointer(experts.gate_up_proj), self.pointer(experts.down_proj)
+        found.inner = experts.down_proj.shape[2]
+        found.limit = math.inf if experts.swiglu_limit is None else experts.swiglu_limit
+        if module.shared_experts is not None:
+            self.everyone(found, module.shared_experts)
+        return found
+
+    def everyone(self, mixer: _ChannelMixer, module: nn.Module) -> None:
+        """The network that all tokens go through."""
+        if type(module) not in (FeedForward, DenseChannelMixer) or not module.is_swiglu:
+            raise _Unfit
+        mixer.shared_gate, mixer.shared_up = self.weight(module.gate_proj), self.weight(module.up_proj)
+        mixer.shared_down, mixer.shared_inner = self.weight(module.down_proj), module.down_proj.in_features
+        mixer.limit = math.inf if module.swiglu_limit is None else module.swiglu_limit
+
+
+_natives: WeakKeyDictionary[nn.Module, NativeLayer] = WeakKeyDictionary()
+
+
+def native_layer(layer: nn.Module) -> NativeLayer:
+    """What native functions know of a layer; looked at anew where anything of it has changed."""
+    native = _natives.get(layer)
+    if native is None or not native.fits():
+        native = _natives[layer] = NativeLayer(layer)
+    return native
+
+
+def _listens(hooks: dict) -> bool:
+    """Whether any of a module's hooks does something: transformers leaves those that record outputs in place."""
+    recording = bool(output_capturing._active_collector.get())
+    return any(recording or hook.__module__ != output_capturing.__name__ for hook in hooks.values())
+
+
+def decode_layer(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    token_mask: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """`FathomDecoderLayer.forward` of a step: the residual stream [B, T, d] and the experts' tokens [E].
+
+    Returns:
+        None where modules have to be called one by one, and nothing has been done.
+    """
+    if position_embeddings is None or not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
+        return None
+    tokens = hidden_states.shape[1]
+    # Without a mask several queries are causal, which native functions do not know.
+    if attention_mask is None and tokens > 1:
+        return None
+    kernels = kernels_for(layer.training, hidden_states.shape[0] * tokens, hidden_states, *position_embeddings)
+    if kernels is None:
+        return None
+    native = native_layer(layer)
+    visible = None if attention_mask is None else attention_mask[:, 0]
+    if native.decodes != "layer" or native.dtype is not hidden_states.dtype:
+        return None
+    if not readable(visible) or not native.is_free():
+        return None
+    cache = _room(past_key_values.layer(layer.self_attn.layer_idx), tokens, hidden_states.dtype)
+    if cache is None:
+        return None
+    step = _step(hidden_states, position_embeddings, visible, token_mask, input_ids)
+    return _call(kernels.functions.decode_layer, native, hidden_states, step, ctypes.byref(cache))
+
+
+def decode_channels(
+    layer: nn.Module, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, input_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The second half of a layer, of one residual stream [B, T, d] or several [B, T, n, d]; returns as above."""
+    tokens = hidden_states.shape[0] * hidden_states.shape[1]
+    kernels = kernels_for(layer.training, tokens, hidden_states)
+    if kernels is None:
+        return None
+    native = native_layer(layer)
+    if native.decodes is None or native.dtype is not hidden_states.dtype or not native.is_free():
+        return None
+    step = _step(hidden_states, None, None, token_mask, input_ids)
+    return _call(kernels.functions.decode_channels, native, hidden_states, step)
+
+
+def _step(hidden_states, position_embeddings, visible, token_mask, input_ids) -> tuple[_Step, tuple]:
+    """What all layers share, and what has to be kept for so long."""
+    token_mask = None if token_mask is None else token_mask.contiguous()
+    input_ids = None if input_ids is None else input_ids.contiguous()
+    cos, sin = position_embeddings or (None, None)
+    step = _Step(
+        hidden_states.shape[0],
+        hidden_states.shape[1],
+        *((None, None, 0) if cos is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[0] * cos.shape[1])),
+        *seen(visible),
+        None if token_mask is None else token_mask.data_ptr(),
+        None if input_ids is None else input_ids.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return step, (token_mask, input_ids, visible)
+
+
+def _room(layer: object, tokens: int, dtype: torch.dtype) -> _Cache | None:
+    """Where a layer of the cache takes the step's keys; None if they cannot be written there."""
+    if type(layer) not in (KeyValueCacheLayer, StaticKeyValueCacheLayer) or not layer.is_initialized:
+        return None
+    keys, values = layer.buffers["keys"], layer.buffers["values"]
+    for each in (keys, values):
+        side_by_side = each.stride()[2:] == (each.shape[3], 1) or not each.shape[3]  # MLA leaves the values empty
+        if each.dtype is not dtype or not each.is_cpu or not side_by_side:
+            return None
+    length = layer.take(tokens)
+    if length is None:
+        return None
+    keys, values = layer.buffers["keys"], layer.buffers["values"]
+    return _Cache(keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), length)
+
+
+def _call(function, native: NativeLayer, hidden_states: torch.Tensor, step: tuple[_Step, tuple], *cache):
+    output = torch.empty_like(hidden_states)
+    counts = torch.zeros(native.experts, dtype=torch.int64) if native.experts else None
+    pointers = hidden_states.data_ptr(), output.data_ptr(), None if counts is None else counts.data_ptr()
+    function(native.address, ctypes.byref(step[0]), *cache, *pointers)
+    return output, counts

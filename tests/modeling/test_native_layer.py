@@ -1,0 +1,254 @@
+"""Decoder layers by one native call against the same layers module by module, and when they are called that way."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from fathom.modeling import decoder_layer, native, native_layer
+from fathom.modeling.cache import adopt_cache
+from fathom.modeling.configuration_fathom import FathomConfig
+from fathom.modeling.modeling_fathom import FathomForCausalLM
+
+pytestmark = pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler")
+
+# Of the largest logit. Experts and shared experts are rounded apart from each other in modules, together in a layer.
+CLOSE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+KINDS = {
+    "moe": {},
+    "v2": {},
+    "v2-without-query-latent": {"q_lora_rank": None},
+    "v3": {},
+    "v3-without-shared-experts": {"n_shared_experts": 0},
+    "v3-groups": {"n_group": 4, "topk_group": 2},
+    "v3.2": {"index_topk": 20},
+    "v3.2-dense": {"index_topk": 20, "index_dense": True},
+    "v4": {},
+    "v4-one-stream": {"hc_mult": 1},
+}
+# Rounding to bf16 would change what is chosen.
+EVERYTHING = {"num_experts_per_tok": 16, "topk_group": 4, "n_group": 4, "index_topk": 4096}
+
+
+def model(kind: str, dtype: torch.dtype = torch.float32, **settings) -> FathomForCausalLM:
+    torch.manual_seed(0)
+    overrides = {"num_nextn_predict_layers": 0, **KINDS[kind], **settings}
+    return FathomForCausalLM(FathomConfig.preset(kind.split("-")[0], **overrides)).eval().to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Which of the two functions did something."""
+    found: list[str] = []
+    for name in ("decode_layer", "decode_channels"):
+        original = getattr(native_layer, name)
+
+        def spy(*args, name=name, original=original):
+            output = original(*args)
+            if output is not None:
+                found.append(name)
+            return output
+
+        monkeypatch.setattr(decoder_layer, name, spy)
+    return found
+
+
+@pytest.fixture
+def module_by_module(monkeypatch):
+    """Switches native layers off (and on again)."""
+
+    def switch(off: bool) -> None:
+        monkeypatch.setattr(native_layer, "native_layer", NOTHING if off else FOUND)
+
+    class Nothing:
+        decodes = None
+
+    FOUND, NOTHING = native_layer.native_layer, lambda layer: Nothing
+    return switch
+
+
+def read(network: FathomForCausalLM, static: bool, rows: int = 2):
+    """Steps of one and of several tokens after a prompt whose rows are padded on the left."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(5, 4000, (rows, 70)), torch.ones(rows, 70, dtype=torch.int64)
+    mask[1:, :9] = 0
+    at = 50
+    cache = None
+    if static:
+        cache = StaticCache(network.config, max_cache_len=80)
+        adopt_cache(cache, network.config)
+    with torch.no_grad():
+        output = network(ids[:, :at], attention_mask=mask[:, :at], past_key_values=cache, use_cache=True)
+        cache, logits, counts = output.past_key_values, [], []
+        for count in (1, 1, 3, 1, 5, 2):
+            seen, at = slice(at, at + count), at + count
+            output = network(ids[:, seen], attention_mask=mask[:, :at], past_key_values=cache, use_cache=True)
+            logits.append(output.logits)
+            counts.append(output.expert_counts)
+    return torch.cat(logits, 1), counts, cache
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_layer_in_one_call(kind, dtype, calls, module_by_module):
+    network = model(kind, dtype, **(EVERYTHING if dtype is torch.bfloat16 else {}))
+    found, counts, cache = read(network, static=False)
+    whole = "channels" if kind.startswith(("v4", "moe")) else "layer"
+    assert calls == [f"decode_{whole}"] * (6 * network.config.num_hidden_layers)
+    module_by_module(True)
+    calls.clear()
+    expected, expected_counts, expected_cache = read(network, static=False)
+    assert not calls
+    scale = expected.float().abs().max()
+    torch.testing.assert_close(found.float() / scale, expected.float() / scale, atol=CLOSE[dtype], rtol=0)
+    for one, other in zip(counts, expected_counts, strict=True):
+        assert torch.equal(one, other)
+    assert cache.nbytes() == expected_cache.nbytes()
+    for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
+        assert layer.get_seq_length() == other.get_seq_length()
+
+
+@pytest.mark.parametrize("kind", ["v3", "v3.2", "v4"])
+def test_with_a_static_cache(kind, calls):
+    network = model(kind)
+    found, _, cache = read(network, static=True)
+    assert calls
+    assert int(cache.get_seq_length()) == 63
+    torch.testing.assert_close(found, read(network, static=False)[0], atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v3.2"])
+def test_a_row_alone_and_beside_others(kind):
+    """What a token comes out as does not depend on the rows beside it, to the last bit."""
+    network = model(kind, torch.bfloat16)
+    alone, _, _ = read(network, static=False, rows=1)
+    assert torch.equal(read(network, static=False, rows=3)[0][:1], alone)
+
+
+def test_a_full_static_cache_says_so_itself():
+    network, ids = model("v3"), torch.arange(5, 15).unsqueeze(0)
+    cache = StaticCache(network.config, max_cache_len=11)
+    with torch.no_grad():
+        network(ids, past_key_values=cache, use_cache=True)
+        network(ids[:, :1], past_key_values=cache, use_cache=True)
+        with pytest.raises((IndexError, RuntimeError)):
+            network(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def step(network: FathomForCausalLM, **settings):
+    """One step of a sequence that always begins alike."""
+    torch.manual_seed(2)
+    ids = torch.randint(5, 4000, (1, 31))
+    with torch.no_grad():
+        cache = network(ids[:, :30], use_cache=True).past_key_values
+        return network(ids[:, 30:], past_key_values=cache, use_cache=True, **settings)
+
+
+class Doubled(nn.Module):
+    """Stands in another module's place, as an adapter does, and has its weight."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    weight = property(lambda self: self.base.weight)
+
+    def forward(self, *args):
+        return 2 * self.base(*args)
+
+
+def replace_module(layer):
+    layer.self_attn.o_proj = Doubled(layer.self_attn.o_proj)
+
+
+def replace_parameter(layer):
+    layer.self_attn.o_proj.weight = nn.Parameter(2 * layer.self_attn.o_proj.weight)
+
+
+def replace_data(layer):
+    layer.self_attn.o_proj.weight.data = 2 * layer.self_attn.o_proj.weight.data
+
+
+def change_in_place(layer):
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.mul_(2)
+
+
+def add_hook(layer):
+    layer.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def add_bias(layer):
+    layer.self_attn.o_proj.bias = nn.Parameter(torch.ones(layer.self_attn.o_proj.out_features))
+
+
+@pytest.mark.parametrize(
+    "change", [replace_module, replace_parameter, replace_data, change_in_place, add_hook, add_bias]
+)
+def test_changes_between_steps_are_heard(change, calls, module_by_module):
+    network = model("v3")
+    before = step(network).logits
+    layers = network.config.num_hidden_layers
+    assert len(calls) == layers
+    change(network.model.layers[1])
+    calls.clear()
+    found = step(network).logits
+    served = change in (replace_parameter, replace_data, change_in_place)
+    # Where only attention has changed, the other half of the layer is still one call.
+    assert calls == ["decode_layer"] * layers if served else "decode_layer" in calls
+    assert calls.count("decode_layer") == layers - (not served)
+    module_by_module(True)
+    torch.testing.assert_close(found, step(network).logits, atol=5e-6, rtol=0)
+    assert (found - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "setting", [{"attn_implementation": "eager"}, {"experts_implementation": "eager"}, {"hidden_act": "relu"}]
+)
+def test_other_implementations_and_activations_are_left_to_themselves(setting, calls):
+    kind = "v3"
+    network = model(kind, **{name: each for name, each in setting.items() if name == "hidden_act"})
+    if "attn_implementation" in setting:
+        network.set_attn_implementation("eager")
+    if "experts_implementation" in setting:
+        network.set_experts_implementation("eager")
+    step(network)
+    dense = network.config.first_k_dense_replace if "experts_implementation" in setting else 0
+    assert calls == ["decode_layer"] * dense
+
+
+def test_what_is_recorded_is_recorded_and_afterwards_layers_are_whole_again(calls, module_by_module):
+    network = model("v3")
+    plain = step(network).logits
+    calls.clear()
+    output = step(network, output_hidden_states=True, output_router_logits=True)
+    routed = network.config.num_hidden_layers - network.config.first_k_dense_replace
+    assert len(output.hidden_states) == network.config.num_hidden_layers + 1
+    assert len(output.router_logits) == routed
+    torch.testing.assert_close(output.logits, plain, atol=5e-6, rtol=0)
+    calls.clear()
+    assert torch.equal(step(network).logits, plain)
+    assert calls == ["decode_layer"] * network.config.num_hidden_layers
+
+
+def test_a_copy_has_layers_of_its_own():
+    network = model("v3")
+    step(network)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.o_proj.weight.zero_()
+    assert (step(other).logits - step(network).logits).abs().max() > 1e-4
+    assert torch.equal(step(copy.deepcopy(network)).logits, step(network).logits)
+
+
+def test_mtp_layers_too(calls):
+    """A draft's layer is a decoder layer, and reads its own cache."""
+    network = model("v3", num_nextn_predict_layers=1)
+    ids = torch.arange(5, 25).unsqueeze(0)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = network.generate(ids, **settings)
+    calls.clear()
+    assert torch.equal(network.generate(ids, use_mtp=True, **settings), plain)
+    assert calls
