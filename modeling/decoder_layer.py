@@ -15,6 +15,7 @@ from .compressed_attention import CompressedSparseAttention, HeavilyCompressedAt
 from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
+from .layer_operator import decode_in_graph, know
 from .native_layer import decode_channels, decode_layer
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
@@ -58,6 +59,11 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = FathomRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attn_hc = connection(config)
         self.ffn_hc = connection(config)
+        know(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        know(self)
 
     def forward(
         self,
@@ -78,7 +84,8 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         """
         if not kwargs.get("report_indexer"):
             shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
-            decoded = decode_layer(self, hidden_states, *shared)
+            decode = decode_in_graph if torch.compiler.is_compiling() else decode_layer
+            decoded = decode(self, hidden_states, *shared)
             if decoded is not None:
                 return LayerOutput(*decoded)
         mixer_input, mixing = self.attn_hc(hidden_states)

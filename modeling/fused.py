@@ -23,15 +23,19 @@ K chosen, E experts, n residual streams, d width.
 
 import ctypes
 import math
+import re
+from itertools import count
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from .native import library
+from .native import is_ready, library
 
 # Tokens of a step, beyond which matrix products are large enough for PyTorch's.
 FEW_TOKENS = 16
+# Numbers of a weight from which on a compiled graph leaves its product with a few tokens to the native function.
+LARGE = 2**19
 PLAIN = (torch.Tensor, nn.Parameter)
 SCORING_NUMBERS = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 SILU = (nn.SiLU, SiLUActivation)
@@ -76,12 +80,45 @@ def is_plain(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> bool:
 
 def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:
     """`[each(x) for each in maps]`: up to four linear maps of the same tokens [B, T, d]."""
+    if torch.compiler.is_compiling():
+        return [_project_in_graph(x, each) for each in maps]
     if x.dim() == 3 and all(map(is_plain, maps)):
         weights = [each.weight for each in maps]
         kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *weights)
         if kernels is not None:
             return kernels.project(x, *weights)
     return [each(x) for each in maps]
+
+
+def new_operator(module: str, name: str, schema: str) -> torch._ops.OpOverload:
+    """A new operator for compiled graphs, named after its module, of which a model from the Hub has one of its own."""
+    # The same module twice: transformers executes a model's code again after it has changed.
+    names = (re.sub(r"\W", "_", module) + "_" * again for again in count())
+    library_name = next(each for each in names if not hasattr(getattr(torch.ops, each), name))
+    torch.library.define(f"{library_name}::{name}", schema)
+    return getattr(getattr(torch.ops, library_name), name).default
+
+
+PROJECT = new_operator(__name__, "project", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(PROJECT.name(), "CPU")
+def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    kernels = kernels_for(False, x.shape[:-1].numel(), x, weight)
+    return nn.functional.linear(x, weight) if kernels is None else kernels.project(x, weight)[0]
+
+
+@torch.library.register_fake(PROJECT.name())
+def _(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _project_in_graph(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """As one operator, where a matrix is so large that it takes longer than the call."""
+    few = x.is_cpu and x.dim() == 3 and x.shape[0] * x.shape[1] <= FEW_TOKENS and not torch.is_grad_enabled()
+    if few and is_plain(linear) and linear.weight.numel() >= LARGE and is_ready(x.dtype):
+        return PROJECT(x, linear.weight)
+    return linear(x)
 
 
 def readable(mask: torch.Tensor | None) -> bool:

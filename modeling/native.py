@@ -101,6 +101,12 @@ def wait(*dtypes: torch.dtype) -> bool:
     return all(_libraries.get(dtype) is not None for dtype in dtypes or NUMBERS)
 
 
+@torch._dynamo.assume_constant_result
+def is_ready(dtype: torch.dtype) -> bool:
+    """The same of one type, for graphs in the making. They are made for long, so that it is worth waiting for."""
+    return dtype in NUMBERS and wait(dtype)
+
+
 def _provide(dtype: torch.dtype) -> None:
     try:
         _libraries[dtype] = _load(_built(NUMBERS[dtype]))

@@ -20,10 +20,10 @@ from transformers.utils import output_capturing
 
 from .attention import MultiHeadLatentAttention
 from .cache import FathomCache
-from .cache_layers import KeyValueCacheLayer, StaticKeyValueCacheLayer
+from .cache_layers import FathomCacheLayer, KeyValueCacheLayer, StaticKeyValueCacheLayer
 from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedExperts, TopKRouter
 from .feed_forward import DenseChannelMixer, FeedForward
-from .fused import PLAIN, SILU, Kernels, kernels_for, readable, seen
+from .fused import PLAIN, SILU, kernels_for, readable, seen
 from .hyper_connections import HyperConnection
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
@@ -337,24 +337,19 @@ def decode_channels(
 
 def _step(hidden_states, position_embeddings, visible, token_mask, input_ids) -> tuple[_Step, tuple]:
     """What all layers share, and what has to be kept for so long."""
-    token_mask = None if token_mask is None else token_mask.contiguous()
-    input_ids = None if input_ids is None else input_ids.contiguous()
-    cos, sin = position_embeddings or (None, None)
-    step = _Step(
-        hidden_states.shape[0],
-        hidden_states.shape[1],
-        *((None, None, 0) if cos is None else (cos.data_ptr(), sin.data_ptr(), cos.shape[0] * cos.shape[1])),
-        *seen(visible),
-        None if token_mask is None else token_mask.data_ptr(),
-        None if input_ids is None else input_ids.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return step, (token_mask, input_ids, visible)
+    real, ids = (None if each is None else each.contiguous() for each in (token_mask, input_ids))
+    angles = (None, None, 0)
+    if position_embeddings is not None:
+        cos, sin = position_embeddings
+        angles = (cos.data_ptr(), sin.data_ptr(), cos.shape[0] * cos.shape[1])
+    pointers = (None if each is None else each.data_ptr() for each in (real, ids))
+    step = _Step(*hidden_states.shape[:2], *angles, *seen(visible), *pointers, torch.get_num_threads())
+    return step, (real, ids, visible)
 
 
-def _room(layer: object, tokens: int, dtype: torch.dtype) -> _Cache | None:
+def _room(layer: FathomCacheLayer, tokens: int, dtype: torch.dtype) -> _Cache | None:
     """Where a layer of the cache takes the step's keys; None if they cannot be written there."""
-    if type(layer) not in (KeyValueCacheLayer, StaticKeyValueCacheLayer) or not layer.is_initialized:
+    if not isinstance(layer, KeyValueCacheLayer | StaticKeyValueCacheLayer) or not layer.is_initialized:
         return None
     keys, values = layer.buffers["keys"], layer.buffers["values"]
     for each in (keys, values):

@@ -468,3 +468,25 @@ def test_sparse_steps_are_native(monkeypatch):
         called.clear()
         model(ids[:, 20:], past_key_values=cache, use_cache=True)
     assert called == ["choose_keys", "attend_latents"] * 4
+
+
+@pytest.mark.parametrize("rows", [fused.LARGE // 64, fused.LARGE // 64 - 1], ids=["large", "small"])
+def test_large_maps_are_operators_of_a_graph(dtype, rows):
+    linear, x, graphs = shuffled(nn.Linear(64, rows, bias=False), dtype), torch.randn(1, 2, 64).to(dtype), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (found,) = torch.compile(fused.project, fullgraph=True, backend=backend)(x, linear)
+        assert_close(found, linear(x), dtype)
+    called = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert (fused.PROJECT in called) == (rows * 64 >= fused.LARGE)
+
+
+def test_an_operator_of_the_same_name_is_another():
+    schema = "(Tensor x) -> Tensor"
+    one, other = (fused.new_operator("some-folder.with dots", "same", schema) for _ in range(2))
+    assert one.name() != other.name()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from fathom.modeling import decoder_layer, native, native_layer
+from fathom.modeling import decoder_layer, layer_operator, native, native_layer
 from fathom.modeling.cache import adopt_cache
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.modeling_fathom import FathomForCausalLM
@@ -252,3 +252,51 @@ def test_mtp_layers_too(calls):
     calls.clear()
     assert torch.equal(network.generate(ids, use_mtp=True, **settings), plain)
     assert calls
+
+
+def compiled_steps(network: FathomForCausalLM) -> torch.Tensor:
+    """Logits of some steps with a static cache, by one graph."""
+    torch.manual_seed(3)
+    ids, mask = torch.randint(5, 4000, (2, 40)), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = StaticCache(network.config, max_cache_len=48)
+    torch._dynamo.reset()
+    forward, logits = torch.compile(network.forward, fullgraph=True, backend="aot_eager"), []
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        network(ids[:, :36], attention_mask=mask[:, :36], past_key_values=cache, use_cache=True)
+        for t in range(36, 40):
+            inputs = network.prepare_inputs_for_generation(
+                ids[:, : t + 1],
+                next_sequence_length=1,
+                past_key_values=cache,
+                attention_mask=mask[:, : t + 1],
+                position_ids=positions[:, : t + 1],
+            )
+            logits.append(forward(**inputs).logits)
+    assert int(cache.get_seq_length()) == 40
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3", "v3.2"])
+def test_a_graph_has_layers_as_operators(kind, calls, monkeypatch):
+    network = model(kind)
+    found = compiled_steps(network)
+    assert calls == ["decode_layer"] * (4 * network.config.num_hidden_layers)
+    monkeypatch.setattr(layer_operator, "is_ready", lambda dtype: False)
+    calls.clear()
+    torch.testing.assert_close(found, compiled_steps(network), atol=5e-6, rtol=0)
+    assert not calls
+
+
+def test_an_operators_layer_may_be_any(calls):
+    """A hook or an adapter is heard there, too."""
+    network = model("v3")
+    before = compiled_steps(network)
+    network.model.layers[1].self_attn.o_proj = Doubled(network.model.layers[1].self_attn.o_proj)
+    calls.clear()
+    after = compiled_steps(network)
+    assert calls.count("decode_layer") == 4 * (network.config.num_hidden_layers - 1)
+    assert (after - before).abs().max() > 1e-4
+    other = copy.deepcopy(network)
+    assert torch.equal(compiled_steps(other), after)
