@@ -75,9 +75,10 @@ void attend(const Number* queries, const Keys& keys, Size batch, Size tokens, Si
   // Queries with keys of their own see them alone, others together.
   const Size alone = keys.chosen ? tokens : 1, each = group / alone;
   const Size parts = (keys.count + KEYS_A_TASK - 1) / KEYS_A_TASK;
-  std::vector<float> sums(parts * batch * group * values);
   std::vector<Partial> partials(parts * batch * group);
-  for (size_t i = 0; i < partials.size(); ++i) partials[i].values = &sums[i * values];
+  float* sums = kept<1>(partials.size() * values);
+  std::fill_n(sums, partials.size() * values, 0.0f);
+  for (size_t i = 0; i < partials.size(); ++i) partials[i].values = sums + i * values;
   const Size tasks = batch * parts * alone;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && batch * group * keys.count * keys.width > WORTH_A_THREAD)
   {

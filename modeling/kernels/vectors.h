@@ -229,10 +229,10 @@ inline void add_columns(Rows rows, Size count, const Number* weights, Size strid
   Vector sums[C][V * A_WORD];
   for (Size c = 0; c < C; ++c)
     for (Size v = 0; v < V * A_WORD; ++v) sums[c][v] = load(values + c * width + column + v * LANES);
-  for (Size row = 0; row < count; row += A_WORD) {
-    const Number *one = rows[row] + column, *next = rows[std::min(row + 1, count - 1)] + column;
+  const auto add = [&](Size row, Size next_row, Size some) {
+    const Number *one = rows[row] + column, *next = rows[next_row] + column;
     Words weight[C];
-    for (Size c = 0; c < C; ++c) weight[c] = spread(weights + c * stride + row, count - row);
+    for (Size c = 0; c < C; ++c) weight[c] = spread(weights + c * stride + row, some);
     for (Size v = 0; v < V; ++v) {
       Words words[A_WORD];
       paired(one + v * A_VECTOR, next + v * A_VECTOR, words);
@@ -240,7 +240,10 @@ inline void add_columns(Rows rows, Size count, const Number* weights, Size strid
         for (Size part = 0; part < A_WORD; ++part)
           sums[c][v * A_WORD + part] = add_products(sums[c][v * A_WORD + part], words[part], weight[c]);
     }
-  }
+  };
+  Size row = 0;
+  for (; row + A_WORD <= count; row += A_WORD) add(row, row + A_WORD - 1, A_WORD);
+  if (row < count) add(row, row, count - row);
   for (Size c = 0; c < C; ++c)
     for (Size v = 0; v < V * A_WORD; ++v) save(values + c * width + column + v * LANES, sums[c][v]);
 }
@@ -270,6 +273,15 @@ inline void add_weighted(Rows rows, Size count, const Number* weights, Size stri
   Size i = 0;
   for (; i + 4 <= n; i += 4) add_rows<4>(rows, count, weights + i * stride, stride, width, values + i * width);
   for (; i < n; ++i) add_rows<1>(rows, count, weights + i * stride, stride, width, values + i * width);
+}
+
+// Memory that a thread keeps for its next call, one for every use: new memory of this size would come from the system,
+// page by page. What stands in it is left from before.
+template <int USE>
+float* kept(Size count) {
+  thread_local std::vector<float> memory;
+  if (static_cast<Size>(memory.size()) < count) memory.resize(count);
+  return memory.data();
 }
 
 // e^x for x <= 0, to about 2 ulp, in operations that are vectorised: 2^round(x / ln 2) times a polynomial, that of
