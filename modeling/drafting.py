@@ -20,6 +20,7 @@ Shapes: B batch, T tokens read at once, K depths, V vocabulary, C columns of the
 
 import statistics
 from dataclasses import dataclass
+from itertools import takewhile
 from time import perf_counter
 from typing import NamedTuple
 
@@ -87,8 +88,10 @@ class Columns:
 
     def forget(self, refused: torch.Tensor) -> None:
         """Turns those of the newest tokens into padding that `refused` says, bool [B, T]."""
-        everywhere = refused.all(dim=0)
-        trailing = int(everywhere.flip(0).long().cumprod(0).sum())
+        if not refused.any():
+            return
+        everywhere = refused.all(dim=0).tolist()
+        trailing = sum(1 for _ in takewhile(bool, reversed(everywhere)))
         self.real[:, self.real.shape[1] - refused.shape[1] :] &= ~refused
         self.real = self.real[:, : self.real.shape[1] - trailing]
         for layer in self.cache.layers:
@@ -187,9 +190,10 @@ class DraftDecoder:
         known = self.prompt_columns[0] >= -1
         whole = (states, self.prompt_columns, self.prompt_positions, self.prompt_real)
         prompt = MainOutput(*(each[:, known] for each in whole))
-        # With several depths the MTP layers read the last tokens again: before the first there are none.
-        first = MainOutput(*(each[:, :1].repeat_interleave(self.depths - 1, dim=1) for each in prompt))
-        self.unread = [first._replace(real=torch.zeros_like(first.real))]
+        if self.depths > 1:
+            # The MTP layers read the last tokens again: before the first there are none.
+            first = MainOutput(*(each[:, :1].repeat_interleave(self.depths - 1, dim=1) for each in prompt))
+            self.unread = [first._replace(real=torch.zeros_like(first.real))]
         self.draft(prompt, torch.full_like(self.lengths, prompt.columns.shape[1] - 1))
 
     def step(self, streamer) -> None:
@@ -312,11 +316,17 @@ class DraftDecoder:
         self.unread.append(output)
         if not self.has_drafts():
             return
-        states, columns, positions, real = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+        parts, self.unread = self.unread, []
+        joined = parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
+        states, columns, positions, real = joined
         last = last[:, None] + columns.shape[1] - output.columns.shape[1]
         rows = torch.arange(len(last), device=last.device)[:, None]
-        again = last - torch.arange(self.depths - 2, -1, -1, device=last.device)  # [B, K - 1]
-        self.unread = [MainOutput(states[rows, again], columns[rows, again], positions[rows, again], real[rows, again])]
+        refused = ~real
+        if self.depths > 1:
+            again = last - torch.arange(self.depths - 2, -1, -1, device=last.device)  # [B, K - 1]
+            unread = MainOutput(states[rows, again], columns[rows, again], positions[rows, again], real[rows, again])
+            self.unread.append(unread)
+            refused[rows, again] = True
 
         model, mask = self.model.model, self.drafts.extend(real)
         inputs: dict | None = None
@@ -336,8 +346,6 @@ class DraftDecoder:
                 self.draft_probabilities.append(scores.softmax(dim=-1))
                 draft = self.draft_probabilities[-1].multinomial(1)[:, 0]
             self.texts.scatter_(1, (self.lengths + depth - 1)[:, None], draft[:, None])
-        refused = ~real
-        refused[rows, again] = True
         self.drafts.forget(refused)
 
 

@@ -6,6 +6,7 @@ their own definition, which these functions are equal to:
 
     project, project_groups   nn.Linear; GroupedLinear
     norm_rotate               FathomRMSNorm, apply_rotary
+    angles                    FathomRotaryEmbedding.forward
     attend_latents            MultiHeadLatentAttention.absorbed_attention
     attend_shared             eager_with_sinks
     choose_keys               index_scores, then best_of
@@ -205,6 +206,17 @@ class Kernels:
             *(None, None, 1, 0, 0, 0, 1.0),
         )
         return output
+
+    def angles(
+        self, positions: torch.Tensor, frequencies: torch.Tensor, scale: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [B, T, P / 2] of positions int64 [B, T] times frequencies fp32 [P / 2], times `scale`."""
+        positions, pairs = positions.contiguous(), frequencies.shape[0]
+        cos = torch.empty(*positions.shape, pairs, dtype=dtype)
+        sin = torch.empty_like(cos)
+        sizes = positions.numel(), frequencies.data_ptr(), pairs, scale
+        self.functions.angles(positions.data_ptr(), *sizes, cos.data_ptr(), sin.data_ptr())
+        return cos, sin
 
     def attend_latents(
         self,

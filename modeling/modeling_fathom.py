@@ -29,7 +29,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateNonBeamOutput
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -54,6 +54,7 @@ from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
 from .int8 import is_quantized, quantize
 from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
+from .masks import causal_mask
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
@@ -379,15 +380,9 @@ class FathomModel(FathomPreTrainedModel):
             last = past_key_values.layers[0].last_places if past_key_values is not None else None
             places = token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)
             return {**shared, "places": places, "rotations": {}}
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        visible = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
-        return {**shared, "position_embeddings": position_embeddings, "attention_mask": causal_mask}
+        return {**shared, "position_embeddings": position_embeddings, "attention_mask": visible}
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Adds sinusoids to embeddings scaled by sqrt(d) (arXiv 1706.03762, 3.4 and 3.5); nothing with RoPE."""

@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, tuple] = {
         *(_pointer, _pointer, _size, _size, _size, _pointer, _size, _real),
         *(_pointer, _pointer, _size, _size, _size, _size, _real),
     ),
+    "angles": (_pointer, _size, _pointer, _size, _real, _pointer, _pointer),
     "attend_latents": (
         *(_pointer, _pointer, _size, _size, _size, _size, _pointer, *_keys_seen),
         *(_pointer, _size, _size, _size, _size, _size, _real, _pointer, _size),

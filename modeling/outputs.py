@@ -4,14 +4,25 @@ Shapes: B batch, T tokens, d width, n residual streams, V vocabulary, E routed e
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 
+class FathomOutput(ModelOutput):
+    """As in transformers, which lists all fields again for every one of them that is set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not None and name in self.__dataclass_fields__:
+            self[name] = value  # sets the attribute, too
+        else:
+            object.__setattr__(self, name, value)
+
+
 @dataclass
-class FathomModelOutput(ModelOutput):
+class FathomModelOutput(FathomOutput):
     """Output of `FathomModel`.
 
     Args:
@@ -37,7 +48,7 @@ class FathomModelOutput(ModelOutput):
 
 
 @dataclass
-class FathomCausalLMOutput(ModelOutput):
+class FathomCausalLMOutput(FathomOutput):
     """Output of `FathomForCausalLM`.
 
     Args:

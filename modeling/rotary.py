@@ -52,6 +52,9 @@ class FathomRotaryEmbedding(KeepsFloat32Buffers):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles of `position_ids` [B, T] -> cos, sin, each [B, T, D/2], in the dtype of `x`."""
+        kernels = kernels_for(self.training, position_ids.numel(), x)
+        if kernels is not None and position_ids.dtype is torch.int64 and self.inv_freq.is_cpu and position_ids.is_cpu:
+            return kernels.angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device)  # [B, T, D/2]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)

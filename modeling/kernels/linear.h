@@ -1,4 +1,4 @@
-// Linear maps, RMSNorm and rotary positions.
+// Linear maps, RMSNorm, rotary positions and their angles.
 
 #pragma once
 
@@ -63,6 +63,17 @@ void norm_rotate(const Number* x, Number* out, Size tokens, Size heads, Size wid
       wide[one] = turned;
     }
     narrow(wide.data(), out, width);
+  }
+}
+
+// Cosines and sines, times `scale`, of `count` positions times the frequencies [rotary / 2] -> cos, sin [count, rotary / 2].
+void angles(const Size* positions, Size count, const float* frequencies, Size pairs, double scale, Number* cos,
+            Number* sin) {
+  const float factor = static_cast<float>(scale);
+  for (Size i = 0; i < count * pairs; ++i) {
+    const float angle = static_cast<float>(positions[i / pairs]) * frequencies[i % pairs];
+    store(cos + i, std::cos(angle) * factor);
+    store(sin + i, std::sin(angle) * factor);
   }
 }
 
