@@ -16,6 +16,7 @@ from .experts import HashMixtureOfExperts, MixtureOfExperts
 from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
 from .layer_operator import decode_in_graph, know
+from .native_compressed import decode_compressed
 from .native_layer import decode_channels, decode_layer
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
@@ -83,9 +84,9 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
         """
         if not kwargs.get("report_indexer"):
-            shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
-            decode = decode_in_graph if torch.compiler.is_compiling() else decode_layer
-            decoded = decode(self, hidden_states, *shared)
+            decoded = self.decoded(
+                hidden_states, position_embeddings, attention_mask, past_key_values, token_mask, input_ids, **kwargs
+            )
             if decoded is not None:
                 return LayerOutput(*decoded)
         mixer_input, mixing = self.attn_hc(hidden_states)
@@ -106,3 +107,24 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = self.ffn_hc.write(hidden_states, mixed, mixing)
         return LayerOutput(hidden_states, expert_counts, balance_loss, indexer_report)
+
+    def decoded(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        token_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        places: torch.Tensor | None = None,
+        rotations: dict | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Output and expert counts of a decoding step by native calls; None where modules are to be called."""
+        compiles = torch.compiler.is_compiling()
+        if places is not None:
+            shared = places, past_key_values, token_mask, input_ids, rotations
+            return None if compiles else decode_compressed(self, hidden_states, *shared)
+        decode = decode_in_graph if compiles else decode_layer
+        shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
+        return decode(self, hidden_states, *shared)

@@ -70,6 +70,8 @@ _SIGNATURES: dict[str, tuple] = {
     "write_streams": (_pointer, _pointer, _pointer, _pointer, _size, _size, _size, _pointer),
     "decode_layer": (_pointer,) * 6,
     "decode_channels": (_pointer,) * 5,
+    "begin_compressed": (_pointer,) * 7,
+    "end_compressed": (_pointer,) * 8,
     "project_int8": (_pointer, _size, _size, _size, _pointer, _pointer, _size, _pointer, _size),
     "mix_int8": (
         *(_pointer, _size, _size, _pointer, _pointer, _size, *(_pointer, _pointer) * 2),

@@ -21,6 +21,12 @@ from transformers.utils import output_capturing
 from .attention import MultiHeadLatentAttention
 from .cache import FathomCache
 from .cache_layers import FathomCacheLayer, KeyValueCacheLayer, StaticKeyValueCacheLayer
+from .compressed_attention import (
+    CompressedSparseAttention,
+    GroupedLinear,
+    HeavilyCompressedAttention,
+    SlidingWindowAttention,
+)
 from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedExperts, TopKRouter
 from .feed_forward import DenseChannelMixer, FeedForward
 from .fused import PLAIN, SILU, kernels_for, readable, seen
@@ -77,11 +83,25 @@ class _ChannelMixer(ctypes.Structure):
     ]
 
 
+class _CompressedAttention(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "norm q_a q_norm q_b kv kv_norm sinks o_a o_b"),
+        *_fields(_real, "norm_eps q_eps kv_eps head_eps scale"),
+        *_fields(_size, "heads q_rank head rotary window groups out_rank"),
+        *_fields(_pointer, "values gates"),
+        *_fields(_size, "contribution"),
+        *_fields(_pointer, "index_values index_gates"),
+        *_fields(_size, "index_contribution"),
+    ]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         *_fields(_size, "width"),
         ("attention", _LatentAttention),
+        ("compressed", _CompressedAttention),
         ("indexer", _Indexer),
+        ("token_connection", _Connection),
         ("channels", _ChannelMixer),
         ("connection", _Connection),
     ]
@@ -94,6 +114,23 @@ class _Cache(ctypes.Structure):
         *_fields(_pointer, "index_keys"),
         *_fields(_size, "index_stride length"),
     ]
+
+
+class Memory(ctypes.Structure):
+    _fields_ = [
+        *_fields(_pointer, "window"),
+        *_fields(_size, "window_stride window_count"),
+        *_fields(_pointer, "window_places"),
+        *_fields(_size, "window_places_stride"),
+        *_fields(_pointer, "entries index_entries"),
+        *_fields(_size, "entries_stride index_stride count"),
+        *_fields(_pointer, "entry_places"),
+        *_fields(_size, "entry_places_stride"),
+    ]
+
+
+class Between(ctypes.Structure):
+    _fields_ = _fields(_pointer, "x post residual queries latent")
 
 
 class _Step(ctypes.Structure):
@@ -116,7 +153,8 @@ class NativeLayer:
     """Where the numbers of a decoder layer stand, and whether they still do.
 
     Attributes:
-        decodes: "layer", "channels" (the channel mixer and its connection) or None: what native functions can do.
+        decodes: what native functions can do: "layer" (MLA and one residual stream), "compressed" (in two parts, see
+            `native_compressed`), "channels" (the channel mixer and its connection) or None.
         experts: number of routed experts.
     """
 
@@ -129,7 +167,12 @@ class NativeLayer:
             self.layer.channels = self.channel_mixer(layer.post_attention_layernorm, layer.mlp)
             self.layer.connection = self.connection(layer.ffn_hc)
             self.decodes = "channels"
-            if type(layer.attn_hc) is ResidualConnection and type(layer.ffn_hc) is ResidualConnection:
+            self.layer.token_connection = self.connection(layer.attn_hc)
+            if isinstance(layer.self_attn, SlidingWindowAttention):
+                self.layer.compressed = self.compressed_attention(layer.input_layernorm, layer.self_attn)
+                self.layer.indexer = self.entry_indexer(layer.self_attn)
+                self.decodes = "compressed"
+            elif type(layer.attn_hc) is ResidualConnection and type(layer.ffn_hc) is ResidualConnection:
                 self.layer.attention = self.latent_attention(layer.input_layernorm, layer.self_attn)
                 self.layer.indexer = self.indexer(layer.self_attn)
                 self.decodes = "layer"
@@ -232,6 +275,51 @@ class NativeLayer:
             top_k=2**62 if attention.index_dense else attention.index_topk,
         )
 
+    def compressed_attention(self, norm: nn.Module, module: nn.Module) -> _CompressedAttention:
+        kinds = SlidingWindowAttention, HeavilyCompressedAttention, CompressedSparseAttention
+        if type(module) not in kinds or type(module.o_a_proj) is not GroupedLinear:
+            raise _Unfit
+        found = _CompressedAttention(
+            heads=module.num_heads,
+            head=module.head_dim,
+            rotary=2 * module.rotary_emb.inv_freq.shape[0],
+            window=module.window,
+            groups=module.o_groups,
+            head_eps=module.norm_eps,
+            scale=module.scaling,
+            q_rank=module.q_a_proj.out_features,
+            q_a=self.weight(module.q_a_proj),
+            q_b=self.weight(module.q_b_proj),
+            kv=self.weight(module.kv_proj),
+            sinks=self.pointer(module.sinks),
+            o_a=self.pointer(module.o_a_proj.weight),
+            o_b=self.weight(module.o_b_proj),
+            out_rank=module.o_a_proj.weight.shape[0] // module.o_groups,
+        )
+        found.norm, found.norm_eps = self.norm(norm)
+        found.q_norm, found.q_eps = self.norm(module.q_a_norm)
+        found.kv_norm, found.kv_eps = self.norm(module.kv_norm)
+        compressors = module.compressors()
+        if (compressor := compressors.get("compressor")) is not None:
+            found.values, found.gates = self.weight(compressor.kv_proj), self.weight(compressor.gate_proj)
+            found.contribution = compressor.kv_proj.out_features
+        if (indexer := compressors.get("indexer")) is not None:
+            found.index_values, found.index_gates = self.weight(indexer.kv_proj), self.weight(indexer.gate_proj)
+            found.index_contribution = indexer.kv_proj.out_features
+        return found
+
+    def entry_indexer(self, attention: nn.Module) -> _Indexer:
+        indexer = attention.compressors().get("indexer")
+        if indexer is None:
+            return _Indexer()
+        return _Indexer(
+            wq=self.weight(indexer.q_b_proj),
+            weights=self.weight(indexer.scorer.weights_proj, Float32Linear),
+            heads=indexer.num_heads,
+            width=indexer.width,
+            top_k=2**62 if attention.index_dense else attention.index_topk,
+        )
+
     def channel_mixer(self, norm: nn.Module, module: nn.Module) -> _ChannelMixer:
         found = _ChannelMixer(limit=math.inf)
         found.norm, found.norm_eps = self.norm(norm)
@@ -316,8 +404,11 @@ def decode_layer(
     cache = _room(past_key_values.layer(layer.self_attn.layer_idx), tokens, hidden_states.dtype)
     if cache is None:
         return None
-    step = _step(hidden_states, position_embeddings, visible, token_mask, input_ids)
-    return _call(kernels.functions.decode_layer, native, hidden_states, step, ctypes.byref(cache))
+    step, _kept = step_of(hidden_states, position_embeddings, visible, token_mask, input_ids)
+    output, counts = output_of(native, hidden_states)
+    pointers = hidden_states.data_ptr(), output.data_ptr(), None if counts is None else counts.data_ptr()
+    kernels.functions.decode_layer(native.address, ctypes.byref(step), ctypes.byref(cache), *pointers)
+    return output, counts
 
 
 def decode_channels(
@@ -331,11 +422,20 @@ def decode_channels(
     native = native_layer(layer)
     if native.decodes is None or native.dtype is not hidden_states.dtype or not native.is_free():
         return None
-    step = _step(hidden_states, None, None, token_mask, input_ids)
-    return _call(kernels.functions.decode_channels, native, hidden_states, step)
+    step, _kept = step_of(hidden_states, None, None, token_mask, input_ids)
+    output, counts = output_of(native, hidden_states)
+    pointers = hidden_states.data_ptr(), output.data_ptr(), None if counts is None else counts.data_ptr()
+    kernels.functions.decode_channels(native.address, ctypes.byref(step), *pointers)
+    return output, counts
 
 
-def _step(hidden_states, position_embeddings, visible, token_mask, input_ids) -> tuple[_Step, tuple]:
+def output_of(native: NativeLayer, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Room for what a layer returns: its output, and the tokens of its experts."""
+    counts = torch.zeros(native.experts, dtype=torch.int64) if native.experts else None
+    return torch.empty_like(hidden_states), counts
+
+
+def step_of(hidden_states, position_embeddings, visible, token_mask, input_ids) -> tuple[_Step, tuple]:
     """What all layers share, and what has to be kept for so long."""
     real, ids = (None if each is None else each.contiguous() for each in (token_mask, input_ids))
     angles = (None, None, 0)
@@ -361,11 +461,3 @@ def _room(layer: FathomCacheLayer, tokens: int, dtype: torch.dtype) -> _Cache | 
         return None
     keys, values = layer.buffers["keys"], layer.buffers["values"]
     return _Cache(keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), length)
-
-
-def _call(function, native: NativeLayer, hidden_states: torch.Tensor, step: tuple[_Step, tuple], *cache):
-    output = torch.empty_like(hidden_states)
-    counts = torch.zeros(native.experts, dtype=torch.int64) if native.experts else None
-    pointers = hidden_states.data_ptr(), output.data_ptr(), None if counts is None else counts.data_ptr()
-    function(native.address, ctypes.byref(step[0]), *cache, *pointers)
-    return output, counts

@@ -9,14 +9,16 @@ namespace {
 constexpr Size KEYS = 64;           // that are scored at a time
 constexpr Size KEYS_A_TASK = 512;   // that a thread takes at a time
 
-// Which rows of a cache [B, C, W] are read.
+// Which rows of a cache [B, C, W] are read; before them, all of a window [B, S', W], where there is one.
 struct Keys {
   const Number* cache;
   Size batch_stride, width, value_width;
-  Size count;            // S
-  const Size* chosen;    // [B, T, S] rows of a sequence, or null: the first S
+  Size count;            // S, the window's included
+  const Size* chosen;    // [B, T, S - S'] rows of a sequence, or null: the first S - S'
   const uint8_t* seen;   // bytes [B, T, S], 0 where a query does not see a key, or null: it sees all
   Size seen_batch, seen_query;  // strides of `seen`
+  const Number* window = nullptr;
+  Size window_stride = 0, window_count = 0;  // S'
 };
 
 // What a query of a head has seen so far: the largest score, the sum of weights, the weighted values.
@@ -31,11 +33,18 @@ void see_keys(const Keys& keys, Size b, Size first, Size last, const Number* que
   const Size several = to - from;
   std::vector<float> scores(several * KEYS);
   std::vector<Number> weights(several * KEYS);
-  const Number *cache = keys.cache + b * keys.batch_stride, *rows[KEYS];
+  const Number *cache = keys.cache + b * keys.batch_stride, *window = keys.window + b * keys.window_stride;
+  const Number* rows[KEYS];
+  // The cache's row for key number i.
+  const Size behind = keys.count - keys.window_count;
+  const Size* chosen = keys.chosen ? keys.chosen + (b * tokens + from / heads) * behind : nullptr;
+  const auto row = [&](Size i) { return cache + (chosen ? chosen[i] : i) * keys.width; };
   for (Size start = first; start < last; start += KEYS) {
     const Size count = std::min(KEYS, last - start);
-    const Size* chosen = keys.chosen ? keys.chosen + (b * tokens + from / heads) * keys.count + start : nullptr;
-    for (Size key = 0; key < count; ++key) rows[key] = cache + (chosen ? chosen[key] : start + key) * keys.width;
+    for (Size key = 0; key < count; ++key) {
+      const Size i = start + key - keys.window_count;
+      rows[key] = i < 0 ? window + (start + key) * keys.width : row(i);
+    }
     multiply(rows, 0, count, queries + from * keys.width, several, keys.width,
              [&](Size key, Size some, Size query, const float* found) {
                for (Size i = 0; i < some; ++i) scores[query * KEYS + key + i] = found[i] * scale;

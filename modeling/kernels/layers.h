@@ -49,10 +49,24 @@ struct ChannelMixer {
   double limit;
 };
 
+// Attention with one key per token, to a window and to the entries of a compressor; `contribution` is 0 without one, and
+// so is `index_contribution` of an indexer's own compressor.
+struct CompressedAttention {
+  const Number *norm, *q_a, *q_norm, *q_b, *kv, *kv_norm, *sinks, *o_a, *o_b;
+  double norm_eps, q_eps, kv_eps, head_eps, scale;
+  Size heads, q_rank, head, rotary, window, groups, out_rank;
+  const Number *values, *gates;
+  Size contribution;  // numbers of a token's values
+  const Number *index_values, *index_gates;
+  Size index_contribution;
+};
+
 struct Layer {
   Size width;
   LatentAttention attention;
-  Indexer indexer;
+  CompressedAttention compressed;
+  Indexer indexer;  // of either
+  Connection token_connection;
   ChannelMixer channels;
   Connection connection;  // of the channel mixer
 };
@@ -63,6 +77,26 @@ struct Cache {
   Size latents_stride;
   Number* index_keys;
   Size index_stride, length;
+};
+
+// What a compressed layer remembers: keys of the window and entries (`compressed_cache`), and their places.
+struct Memory {
+  const Number* window;
+  Size window_stride, window_count;
+  const Size* window_places;
+  Size window_places_stride;
+  const Number *entries, *index_entries;
+  Size entries_stride, index_stride, count;
+  const Size* entry_places;
+  Size entry_places_stride;
+};
+
+// What the two halves of a compressed token mixer hand on: the normed input [N, d], weights of the streams, queries
+// [N, H, D] and the latent [N, q_rank] that they are made of.
+struct Between {
+  Number* x;
+  float *post, *residual;
+  Number *queries, *latent;
 };
 
 // What is the same for all layers of a step: T tokens of B sequences, their angles (as in `norm_rotate`), which keys
@@ -165,6 +199,87 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
   return out;
 }
 
+constexpr Size DOCUMENT = Size{1} << 32, NOWHERE = -(Size{1} << 62);  // as in compressed_cache.py
+
+// Reads a sub-layer's input [N, d] from the streams; post and residual are written to where there are several.
+void read(const Connection& connection, const Step& step, Size width, const Number* streams, Number* x, float* post,
+          float* residual) {
+  const Size n = step.batch * step.tokens;
+  if (connection.n == 1)
+    std::copy_n(streams, n * width, x);
+  else
+    read_streams(streams, n, connection.n, width, connection.fn, connection.base, connection.scale,
+                 connection.norm_eps, connection.eps, connection.iterations, x, post, residual, step.threads);
+}
+
+void write(const Connection& connection, Size n, Size width, const Number* streams, const Numbers& output,
+           const float* post, const float* residual, Number* out) {
+  if (connection.n == 1)
+    add(streams, output, out);
+  else
+    write_streams(streams, output.data(), post, residual, n, connection.n, width, out);
+}
+
+// Which keys of the window and which entries the queries at `places` [B, T] see: bytes [B, T, S + N].
+std::vector<uint8_t> seen_keys(const Step& step, const Memory& memory, const Size* places, Size window) {
+  const Size all = memory.window_count + memory.count;
+  std::vector<uint8_t> seen(step.batch * step.tokens * all);
+  for (Size row = 0; row < step.batch * step.tokens; ++row) {
+    const Size b = row / step.tokens, place = places[row];
+    const Size begin = place - (place % DOCUMENT + DOCUMENT) % DOCUMENT;
+    const Size *near = memory.window_places + b * memory.window_places_stride;
+    const Size *far = memory.entry_places + b * memory.entry_places_stride;
+    uint8_t* to = &seen[row * all];
+    for (Size i = 0; i < memory.window_count; ++i) to[i] = place - near[i] >= 0 && place - near[i] < window;
+    for (Size i = 0; i < memory.count; ++i)
+      to[memory.window_count + i] = far[i] <= place && far[i] >= begin && far[i] != NOWHERE;
+  }
+  return seen;
+}
+
+// The token mixer's output [N, d], from what it made of its input and what it remembers.
+Numbers compressed_output(const Layer& layer, const Step& step, const Memory& memory, const Size* places,
+                          const Between& between) {
+  const CompressedAttention& mixer = layer.compressed;
+  const Indexer& indexer = layer.indexer;
+  const Size n = step.batch * step.tokens, all = memory.window_count + memory.count, threads = step.threads;
+  std::vector<uint8_t> seen = seen_keys(step, memory, places, mixer.window);
+  std::vector<Size> chosen;
+  Keys keys = {memory.entries, memory.entries_stride, mixer.head, mixer.head, all, nullptr, seen.data(),
+               step.tokens * all, all, memory.window, memory.window_stride, memory.window_count};
+  if (indexer.heads && memory.count > indexer.top_k) {
+    const Size top_k = indexer.top_k, index_width = indexer.heads * indexer.width;
+    Numbers queries(n * index_width);
+    project(between.latent, n, mixer.q_rank, indexer.wq, queries.data(), index_width, nullptr, nullptr, 0, nullptr,
+            nullptr, 0, nullptr, nullptr, 0, threads);
+    norm_rotate(queries.data(), queries.data(), n, indexer.heads, indexer.width, nullptr, 0, 0.0, step.cos, step.sin,
+                step.positions, mixer.rotary, indexer.width - mixer.rotary, true, 1.0);
+    chosen.resize(n * top_k);
+    std::vector<uint8_t> sees(n * top_k);
+    choose_keys(queries.data(), memory.index_entries, memory.index_stride, between.x, indexer.weights, layer.width,
+                seen.data() + memory.window_count, step.tokens * all, all, step.batch, step.tokens, indexer.heads,
+                indexer.width, memory.count, top_k, chosen.data(), sees.data(), threads);
+    // What is seen of the window stays, and of the chosen entries those that are visible.
+    const Size few = memory.window_count + top_k;
+    for (Size row = 0; row < n; ++row) {
+      std::memmove(&seen[row * few], &seen[row * all], memory.window_count);
+      std::copy_n(&sees[row * top_k], top_k, &seen[row * few + memory.window_count]);
+    }
+    keys.count = few, keys.chosen = chosen.data(), keys.seen_batch = step.tokens * few, keys.seen_query = few;
+  }
+  const Size width = mixer.heads * mixer.head;
+  std::vector<float> mixed(n * width);
+  attend(between.queries, keys, step.batch, step.tokens, mixer.heads, static_cast<float>(mixer.scale), mixer.sinks,
+         mixed.data(), threads);
+  Numbers values = narrowed(mixed), inner(n * mixer.groups * mixer.out_rank), out(n * layer.width);
+  norm_rotate(values.data(), values.data(), n, mixer.heads, mixer.head, nullptr, 0, 0.0, step.cos, step.sin,
+              step.positions, mixer.rotary, mixer.head - mixer.rotary, true, -1.0);
+  project_groups(values.data(), n, mixer.groups, width / mixer.groups, mixer.o_a, mixer.out_rank, inner.data(), threads);
+  project(inner.data(), n, mixer.groups * mixer.out_rank, mixer.o_b, out.data(), layer.width, nullptr, nullptr, 0,
+          nullptr, nullptr, 0, nullptr, nullptr, 0, threads);
+  return out;
+}
+
 // The channel mixer's output [N, d] for its normed input [N, d]; adds the experts' tokens to `counts` [E].
 Numbers channel_mixer_output(const ChannelMixer& mixer, const Step& step, Size width, const Numbers& x, Size* counts) {
   const Size n = step.batch * step.tokens, top_k = mixer.top_k;
@@ -190,18 +305,58 @@ extern "C" {
 void decode_channels(const Layer* layer, const Step* step, const Number* streams, Number* out, Size* counts) {
   const ChannelMixer& mixer = layer->channels;
   const Connection& connection = layer->connection;
-  const Size n = step->batch * step->tokens, width = layer->width, streams_n = connection.n;
+  const Size n = step->batch * step->tokens, width = layer->width;
   Numbers x(n * width);
-  if (streams_n == 1) {
-    x = normed(streams, n, width, mixer.norm, mixer.norm_eps);
-    add(streams, channel_mixer_output(mixer, *step, width, x, counts), out);
-    return;
-  }
-  std::vector<float> post(n * streams_n), residual(n * streams_n * streams_n);
-  read_streams(streams, n, streams_n, width, connection.fn, connection.base, connection.scale, connection.norm_eps,
-               connection.eps, connection.iterations, x.data(), post.data(), residual.data(), step->threads);
+  std::vector<float> post(n * connection.n), residual(n * connection.n * connection.n);
+  read(connection, *step, width, streams, x.data(), post.data(), residual.data());
   x = channel_mixer_output(mixer, *step, width, normed(x.data(), n, width, mixer.norm, mixer.norm_eps), counts);
-  write_streams(streams, x.data(), post.data(), residual.data(), n, streams_n, width, out);
+  write(connection, n, width, streams, x, post.data(), residual.data(), out);
+}
+
+// The first part of a compressed layer: streams [N, n, d] -> `between`; keys [N, D] for the window; and what the tokens
+// contribute to entries, values and gates side by side, [N, 2 W] each.
+void begin_compressed(const Layer* layer, const Step* step, const Number* streams, const Between* between, Number* keys,
+                      Number* contributions, Number* index_contributions) {
+  const CompressedAttention& mixer = layer->compressed;
+  const Size n = step->batch * step->tokens, width = layer->width, threads = step->threads;
+  const auto rotate = [&](Number* rows, Size heads, const Number* norm, double eps) {
+    norm_rotate(rows, rows, n, heads, mixer.head, norm, mixer.head, eps, step->cos, step->sin, step->positions,
+                mixer.rotary, mixer.head - mixer.rotary, true, 1.0);
+  };
+  const auto contribute = [&](const Number* values, const Number* gates, Size numbers, Number* to) {
+    Numbers both(2 * n * numbers);
+    Number *value = both.data(), *gate = value + n * numbers;
+    project(between->x, n, width, values, value, numbers, gates, gate, numbers, nullptr, nullptr, 0, nullptr, nullptr, 0,
+            threads);
+    for (Size token = 0; token < n; ++token) {
+      std::copy_n(value + token * numbers, numbers, to + 2 * token * numbers);
+      std::copy_n(gate + token * numbers, numbers, to + (2 * token + 1) * numbers);
+    }
+  };
+  Numbers input(n * width), latent(n * mixer.q_rank);
+  read(layer->token_connection, *step, width, streams, input.data(), between->post, between->residual);
+  norm_rotate(input.data(), between->x, n, 1, width, mixer.norm, width, mixer.norm_eps, nullptr, nullptr, 1, 0, 0, 0, 1);
+  project(between->x, n, width, mixer.q_a, latent.data(), mixer.q_rank, mixer.kv, keys, mixer.head, nullptr, nullptr, 0,
+          nullptr, nullptr, 0, threads);
+  norm_rotate(latent.data(), between->latent, n, 1, mixer.q_rank, mixer.q_norm, mixer.q_rank, mixer.q_eps, nullptr,
+              nullptr, 1, 0, 0, 0, 1);
+  project(between->latent, n, mixer.q_rank, mixer.q_b, between->queries, mixer.heads * mixer.head, nullptr, nullptr, 0,
+          nullptr, nullptr, 0, nullptr, nullptr, 0, threads);
+  rotate(between->queries, mixer.heads, nullptr, mixer.head_eps);
+  rotate(keys, 1, mixer.kv_norm, mixer.kv_eps);
+  if (mixer.contribution) contribute(mixer.values, mixer.gates, mixer.contribution, contributions);
+  if (mixer.index_contribution)
+    contribute(mixer.index_values, mixer.index_gates, mixer.index_contribution, index_contributions);
+}
+
+// The rest of the layer: streams [N, n, d] -> out, for tokens at `places` [B, T].
+void end_compressed(const Layer* layer, const Step* step, const Memory* memory, const Size* places,
+                    const Number* streams, const Between* between, Number* out, Size* counts) {
+  const Size n = step->batch * step->tokens, width = layer->width;
+  Numbers written(n * layer->token_connection.n * width);
+  write(layer->token_connection, n, width, streams, compressed_output(*layer, *step, *memory, places, *between),
+        between->post, between->residual, written.data());
+  decode_channels(layer, step, written.data(), out, counts);
 }
 
 // A layer of MLA and one residual stream: [N, d] -> out [N, d]. New keys are written to the cache.

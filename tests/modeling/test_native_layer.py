@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from fathom.modeling import decoder_layer, layer_operator, native, native_layer
+from fathom.modeling import decoder_layer, layer_operator, native, native_compressed, native_layer
 from fathom.modeling.cache import adopt_cache
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.modeling_fathom import FathomForCausalLM
@@ -26,6 +26,8 @@ KINDS = {
     "v3.2": {"index_topk": 20},
     "v3.2-dense": {"index_topk": 20, "index_dense": True},
     "v4": {},
+    "v4-choosing": {"index_topk": 4},
+    "v4-dense": {"index_topk": 4, "index_dense": True},
     "v4-one-stream": {"hc_mult": 1},
 }
 # Rounding to bf16 would change what is chosen.
@@ -42,8 +44,8 @@ def model(kind: str, dtype: torch.dtype = torch.float32, **settings) -> FathomFo
 def calls(monkeypatch) -> list[str]:
     """Which of the two functions did something."""
     found: list[str] = []
-    for name in ("decode_layer", "decode_channels"):
-        original = getattr(native_layer, name)
+    for name in ("decode_layer", "decode_compressed", "decode_channels"):
+        original = getattr(decoder_layer, name)
 
         def spy(*args, name=name, original=original):
             output = original(*args)
@@ -60,7 +62,8 @@ def module_by_module(monkeypatch):
     """Switches native layers off (and on again)."""
 
     def switch(off: bool) -> None:
-        monkeypatch.setattr(native_layer, "native_layer", NOTHING if off else FOUND)
+        for module in (native_layer, native_compressed):
+            monkeypatch.setattr(module, "native_layer", NOTHING if off else FOUND)
 
     class Nothing:
         decodes = None
@@ -95,7 +98,7 @@ def read(network: FathomForCausalLM, static: bool, rows: int = 2):
 def test_a_layer_in_one_call(kind, dtype, calls, module_by_module):
     network = model(kind, dtype, **(EVERYTHING if dtype is torch.bfloat16 else {}))
     found, counts, cache = read(network, static=False)
-    whole = "channels" if kind.startswith(("v4", "moe")) else "layer"
+    whole = {"v4": "compressed", "moe": "channels"}.get(kind.split("-")[0], "layer")
     assert calls == [f"decode_{whole}"] * (6 * network.config.num_hidden_layers)
     module_by_module(True)
     calls.clear()
