@@ -31,6 +31,7 @@ from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedE
 from .feed_forward import DenseChannelMixer, FeedForward
 from .fused import PLAIN, SILU, kernels_for, readable, seen
 from .hyper_connections import HyperConnection
+from .int8 import Int8Experts, Int8GroupedLinear, Int8Linear
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
 from .residual import ResidualConnection
@@ -41,6 +42,10 @@ _pointer, _size, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = _fields(_pointer, "numbers scales")
 
 
 class _Connection(ctypes.Structure):
@@ -54,7 +59,8 @@ class _Connection(ctypes.Structure):
 
 class _LatentAttention(ctypes.Structure):
     _fields_ = [
-        *_fields(_pointer, "norm q_a q_norm q_b kv_a kv_norm kv_b out"),
+        *_fields(_pointer, "norm q_norm kv_norm kv_b"),
+        *_fields(_Matrix, "q_a q_b kv_a out"),
         *_fields(_real, "norm_eps q_eps kv_eps scale"),
         *_fields(_size, "heads q_rank rank nope rotary value_width interleaved"),
     ]
@@ -62,7 +68,8 @@ class _LatentAttention(ctypes.Structure):
 
 class _Indexer(ctypes.Structure):
     _fields_ = [
-        *_fields(_pointer, "wq wk norm norm_bias weights"),
+        *_fields(_Matrix, "wq wk"),
+        *_fields(_pointer, "norm norm_bias weights"),
         *_fields(_real, "eps"),
         *_fields(_size, "heads width top_k"),
     ]
@@ -75,9 +82,9 @@ class _ChannelMixer(ctypes.Structure):
         *_fields(_pointer, "router bias table"),
         *_fields(_size, "experts top_k groups best_groups group_top scoring normalises"),
         *_fields(_real, "weight_scale"),
-        *_fields(_pointer, "gate_up down"),
+        *_fields(_Matrix, "gate_up down"),
         *_fields(_size, "inner"),
-        *_fields(_pointer, "shared_gate shared_up shared_down"),
+        *_fields(_Matrix, "shared_gate shared_up shared_down"),
         *_fields(_size, "shared_inner"),
         *_fields(_real, "limit"),
     ]
@@ -85,12 +92,13 @@ class _ChannelMixer(ctypes.Structure):
 
 class _CompressedAttention(ctypes.Structure):
     _fields_ = [
-        *_fields(_pointer, "norm q_a q_norm q_b kv kv_norm sinks o_a o_b"),
+        *_fields(_pointer, "norm q_norm kv_norm sinks"),
+        *_fields(_Matrix, "q_a q_b kv o_a o_b"),
         *_fields(_real, "norm_eps q_eps kv_eps head_eps scale"),
         *_fields(_size, "heads q_rank head rotary window groups out_rank"),
-        *_fields(_pointer, "values gates"),
+        *_fields(_Matrix, "values gates"),
         *_fields(_size, "contribution"),
-        *_fields(_pointer, "index_values index_gates"),
+        *_fields(_Matrix, "index_values index_gates"),
         *_fields(_size, "index_contribution"),
     ]
 
@@ -220,6 +228,17 @@ class NativeLayer:
             raise _Unfit
         return self.pointer(module.weight)  # type: ignore[arg-type]
 
+    def matrix(self, module: nn.Module) -> _Matrix:
+        """Of a linear map, in int8 or not."""
+        if type(module) in (Int8Linear, Int8GroupedLinear):
+            return self.int8(module, "weight", module.scale)
+        return _Matrix(self.weight(module, GroupedLinear if type(module) is GroupedLinear else nn.Linear), None)
+
+    def int8(self, module: nn.Module, name: str, scale: torch.Tensor) -> _Matrix:
+        if getattr(module, "bias", None) is not None:
+            raise _Unfit
+        return _Matrix(self.pointer(getattr(module, name), torch.int8), self.pointer(scale, torch.float32))
+
     def norm(self, module: nn.Module) -> tuple[int | None, float]:
         return self.weight(module, FathomRMSNorm), module.eps  # type: ignore[return-value]
 
@@ -242,18 +261,18 @@ class NativeLayer:
             value_width=module.v_head_dim,
             interleaved=module.rope_interleave,
             scale=module.scaling,
-            kv_a=self.weight(module.kv_a_proj_with_mqa),
+            kv_a=self.matrix(module.kv_a_proj_with_mqa),
             kv_b=self.weight(module.kv_b_proj),
-            out=self.weight(module.o_proj),
+            out=self.matrix(module.o_proj),
         )
         found.norm, found.norm_eps = self.norm(norm)
         found.kv_norm, found.kv_eps = self.norm(module.kv_a_layernorm)
         if module.compresses_queries:
-            found.q_a, found.q_b = self.weight(module.q_a_proj), self.weight(module.q_b_proj)
+            found.q_a, found.q_b = self.matrix(module.q_a_proj), self.matrix(module.q_b_proj)
             found.q_norm, found.q_eps = self.norm(module.q_a_layernorm)
             found.q_rank = module.q_a_proj.out_features
         else:
-            found.q_b = self.weight(module.q_proj)
+            found.q_b = self.matrix(module.q_proj)
         return found
 
     def indexer(self, attention: nn.Module) -> _Indexer:
@@ -263,8 +282,8 @@ class NativeLayer:
         if type(module) is not LightningIndexer or type(norm) is not nn.LayerNorm:
             raise _Unfit
         return _Indexer(
-            wq=self.weight(module.wq_b),
-            wk=self.weight(module.wk),
+            wq=self.matrix(module.wq_b),
+            wk=self.matrix(module.wk),
             norm=self.pointer(norm.weight),
             norm_bias=self.pointer(norm.bias),
             weights=self.weight(module.weights_proj, Float32Linear),
@@ -277,7 +296,7 @@ class NativeLayer:
 
     def compressed_attention(self, norm: nn.Module, module: nn.Module) -> _CompressedAttention:
         kinds = SlidingWindowAttention, HeavilyCompressedAttention, CompressedSparseAttention
-        if type(module) not in kinds or type(module.o_a_proj) is not GroupedLinear:
+        if type(module) not in kinds:
             raise _Unfit
         found = _CompressedAttention(
             heads=module.num_heads,
@@ -288,12 +307,12 @@ class NativeLayer:
             head_eps=module.norm_eps,
             scale=module.scaling,
             q_rank=module.q_a_proj.out_features,
-            q_a=self.weight(module.q_a_proj),
-            q_b=self.weight(module.q_b_proj),
-            kv=self.weight(module.kv_proj),
+            q_a=self.matrix(module.q_a_proj),
+            q_b=self.matrix(module.q_b_proj),
+            kv=self.matrix(module.kv_proj),
             sinks=self.pointer(module.sinks),
-            o_a=self.pointer(module.o_a_proj.weight),
-            o_b=self.weight(module.o_b_proj),
+            o_a=self.matrix(module.o_a_proj),
+            o_b=self.matrix(module.o_b_proj),
             out_rank=module.o_a_proj.weight.shape[0] // module.o_groups,
         )
         found.norm, found.norm_eps = self.norm(norm)
@@ -301,10 +320,10 @@ class NativeLayer:
         found.kv_norm, found.kv_eps = self.norm(module.kv_norm)
         compressors = module.compressors()
         if (compressor := compressors.get("compressor")) is not None:
-            found.values, found.gates = self.weight(compressor.kv_proj), self.weight(compressor.gate_proj)
+            found.values, found.gates = self.matrix(compressor.kv_proj), self.matrix(compressor.gate_proj)
             found.contribution = compressor.kv_proj.out_features
         if (indexer := compressors.get("indexer")) is not None:
-            found.index_values, found.index_gates = self.weight(indexer.kv_proj), self.weight(indexer.gate_proj)
+            found.index_values, found.index_gates = self.matrix(indexer.kv_proj), self.matrix(indexer.gate_proj)
             found.index_contribution = indexer.kv_proj.out_features
         return found
 
@@ -313,7 +332,7 @@ class NativeLayer:
         if indexer is None:
             return _Indexer()
         return _Indexer(
-            wq=self.weight(indexer.q_b_proj),
+            wq=self.matrix(indexer.q_b_proj),
             weights=self.weight(indexer.scorer.weights_proj, Float32Linear),
             heads=indexer.num_heads,
             width=indexer.width,
@@ -329,7 +348,7 @@ class NativeLayer:
         if type(module) not in (MixtureOfExperts, HashMixtureOfExperts):
             raise _Unfit
         router, experts = module.gate, module.experts
-        if type(router) not in (TopKRouter, HashRouter) or type(experts) is not RoutedExperts:
+        if type(router) not in (TopKRouter, HashRouter) or type(experts) not in (RoutedExperts, Int8Experts):
             raise _Unfit
         if not isinstance(experts.act_fn, SILU) or experts._is_expert_parallel:
             raise _Unfit
@@ -339,7 +358,12 @@ class NativeLayer:
             setattr(found, name, number)
         found.router, found.experts = self.pointer(router.weight), router.num_experts
         found.bias, found.table = self.pointer(bias, torch.float32), self.pointer(table, torch.int64)
-        found.gate_up, found.down = self.pointer(experts.gate_up_proj), self.pointer(experts.down_proj)
+        if isinstance(experts, Int8Experts):
+            found.gate_up = self.int8(experts, "gate_up_proj", experts.gate_up_proj_scale)
+            found.down = self.int8(experts, "down_proj", experts.down_proj_scale)
+        else:
+            found.gate_up = _Matrix(self.pointer(experts.gate_up_proj), None)
+            found.down = _Matrix(self.pointer(experts.down_proj), None)
         found.inner = experts.down_proj.shape[2]
         found.limit = math.inf if experts.swiglu_limit is None else experts.swiglu_limit
         if module.shared_experts is not None:
@@ -350,8 +374,8 @@ class NativeLayer:
         """The network that all tokens go through."""
         if type(module) not in (FeedForward, DenseChannelMixer) or not module.is_swiglu:
             raise _Unfit
-        mixer.shared_gate, mixer.shared_up = self.weight(module.gate_proj), self.weight(module.up_proj)
-        mixer.shared_down, mixer.shared_inner = self.weight(module.down_proj), module.down_proj.in_features
+        mixer.shared_gate, mixer.shared_up = self.matrix(module.gate_proj), self.matrix(module.up_proj)
+        mixer.shared_down, mixer.shared_inner = self.matrix(module.down_proj), module.down_proj.in_features
         mixer.limit = math.inf if module.swiglu_limit is None else module.swiglu_limit
 
 

@@ -6,16 +6,16 @@
 
 namespace {
 
-constexpr Size KEYS = 64;           // that are scored at a time
-constexpr Size KEYS_A_TASK = 512;   // that a thread takes at a time
+constexpr Size KEYS = 64;          // that are scored at a time
+constexpr Size KEYS_A_TASK = 512;  // that a thread takes at a time
 
 // Which rows of a cache [B, C, W] are read; before them, all of a window [B, S', W], where there is one.
 struct Keys {
   const Number* cache;
   Size batch_stride, width, value_width;
-  Size count;            // S, the window's included
-  const Size* chosen;    // [B, T, S - S'] rows of a sequence, or null: the first S - S'
-  const uint8_t* seen;   // bytes [B, T, S], 0 where a query does not see a key, or null: it sees all
+  Size count;                   // S, the window's included
+  const Size* chosen;           // [B, T, S - S'] rows of a sequence, or null: the first S - S'
+  const uint8_t* seen;          // bytes [B, T, S], 0 where a query does not see a key, or null: it sees all
   Size seen_batch, seen_query;  // strides of `seen`
   const Number* window = nullptr;
   Size window_stride = 0, window_count = 0;  // S'
@@ -77,7 +77,8 @@ void see_keys(const Keys& keys, Size b, Size first, Size last, const Number* que
   }
 }
 
-// softmax(scale q k, sink) v for queries [B, T, H, W] -> out [B, T, H, value_width], the latter in fp32; sinks: [H] or null.
+// softmax(scale q k, sink) v for queries [B, T, H, W] -> out [B, T, H, value_width], the latter in fp32; sinks: [H] or
+// null.
 void attend(const Number* queries, const Keys& keys, Size batch, Size tokens, Size heads, float scale,
             const Number* sinks, float* out, Size threads) {
   const Size group = tokens * heads, values = keys.value_width;

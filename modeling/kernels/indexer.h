@@ -113,8 +113,8 @@ void put_into_columns(const Number* keys, Size count, Size width, Words* columns
     }
 }
 
-// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. `tops`: the largest of
-// every KEYS of them.
+// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. `tops`: the largest
+// of every KEYS of them.
 //
 // Read from the end, so that a later score is there first and an equal one does not replace it. Of those that are
 // larger than the `count` best so far, few in a long text, some are gathered before the best are picked out again.
@@ -164,10 +164,9 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
   float* scores = kept<0>(batch * tokens * blocks * KEYS);
   std::vector<float> weights(batch * tokens * heads), tops(batch * tokens * blocks);
   const float scale = 1.0f / std::sqrt(static_cast<float>(heads * width));
-  multiply(weight, 0, heads, x, batch * tokens, model_width,
-           [&](Size head, Size some, Size token, const float* found) {
-             for (Size i = 0; i < some; ++i) weights[token * heads + head + i] = found[i] * scale;
-           });
+  multiply(weight, 0, heads, x, batch * tokens, model_width, [&](Size head, Size some, Size token, const float* found) {
+    for (Size i = 0; i < some; ++i) weights[token * heads + head + i] = found[i] * scale;
+  });
   const Size parts = (count + KEYS_A_TASK - 1) / KEYS_A_TASK;
 #pragma omp parallel num_threads(threads) if (batch * tokens * heads * width * count > WORTH_A_THREAD)
   {

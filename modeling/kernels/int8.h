@@ -21,8 +21,8 @@ typedef int8_t Signed __attribute__((vector_size(BYTES)));
 // sums + the products of four bytes each, lane by lane.
 inline Integers add_bytes(Integers sums, Unsigned a, Signed b) {
 #ifdef __AVX512VNNI__
-  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a),
-                                                        reinterpret_cast<__m512i>(b)));
+  return reinterpret_cast<Integers>(
+      _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #else
   for (Size i = 0; i < BYTES; ++i) sums[i / 4] += a[i] * b[i];
   return sums;
@@ -38,10 +38,10 @@ inline Unsigned bytes_of(const int8_t* row, Size count) {
 
 // Vectors [N, width] in bytes.
 struct Planes {
-  Size padded;                            // width, up to whole vectors; zeros behind the numbers
-  std::vector<int8_t> bytes;              // [N, PLANES, padded]
-  std::vector<float> scales;              // [N]
-  std::vector<Integers> starts;           // [N, PLANES], see `products`
+  Size padded;                   // width, up to whole vectors; zeros behind the numbers
+  std::vector<int8_t> bytes;     // [N, PLANES, padded]
+  std::vector<float> scales;     // [N]
+  std::vector<Integers> starts;  // [N, PLANES], see `products`
 
   Planes(Size count, Size width)
       : padded((width + BYTES - 1) / BYTES * BYTES),
@@ -80,8 +80,8 @@ Planes planes(const Number* x, Size count, Size width) {
   return result;
 }
 
-// The products of R rows from `row` on with a vector, lane by lane -> sums [R]. The instruction wants one side without a
-// sign: rows are raised by 128, and the sums begin with what that adds, subtracted.
+// The products of R rows from `row` on with a vector, lane by lane -> sums [R]. The instruction wants one side without
+// a sign: rows are raised by 128, and the sums begin with what that adds, subtracted.
 template <Size R>
 inline void products(const int8_t* matrix, Size row, Size last, const Planes& x, Size vector, Size width,
                      Vector* sums) {
@@ -173,7 +173,8 @@ void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, con
       const auto into = [&](float* to) {
         return [=](Size, Size rows, Size, const float* found) { std::copy_n(found, rows, to); };
       };
-      multiply(gate_up + gate * width, gate_up_scales + gate, first, last, vectors, token, token + 1, width, into(gates));
+      multiply(gate_up + gate * width, gate_up_scales + gate, first, last, vectors, token, token + 1, width,
+               into(gates));
       multiply(gate_up + up * width, gate_up_scales + up, first, last, vectors, token, token + 1, width, into(ups));
       for (Size i = 0; i < last - first; ++i) {
         const float g = std::min(gates[i], bound), u = std::clamp(ups[i], -bound, bound);

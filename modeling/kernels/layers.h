@@ -6,10 +6,17 @@
 #include "attention.h"
 #include "experts.h"
 #include "indexer.h"
+#include "int8.h"
 #include "linear.h"
 #include "streams.h"
 
 namespace {
+
+// A linear map's weight [out, in], or those of experts [E, out, in]: Numbers, or int8 where rows have scales.
+struct Matrix {
+  const void* numbers;
+  const float* scales;
+};
 
 // How a sub-layer reads n residual streams [N, n, d] and writes to them; n = 1: it reads the one there is and adds.
 struct Connection {
@@ -21,14 +28,16 @@ struct Connection {
 
 // MLA; `q_rank` is 0 without a query latent, whose map is then `q_b`.
 struct LatentAttention {
-  const Number *norm, *q_a, *q_norm, *q_b, *kv_a, *kv_norm, *kv_b, *out;
+  const Number *norm, *q_norm, *kv_norm, *kv_b;
+  Matrix q_a, q_b, kv_a, out;
   double norm_eps, q_eps, kv_eps, scale;
   Size heads, q_rank, rank, nope, rotary, value_width, interleaved;
 };
 
 // What chooses `top_k` keys where there are more; `heads` is 0 where there is none.
 struct Indexer {
-  const Number *wq, *wk, *norm, *norm_bias, *weights;
+  Matrix wq, wk;
+  const Number *norm, *norm_bias, *weights;
   double eps;
   Size heads, width, top_k;
 };
@@ -42,22 +51,23 @@ struct ChannelMixer {
   const Size* table;
   Size experts, top_k, groups, best_groups, group_top, scoring, normalises;
   double weight_scale;
-  const Number *gate_up, *down;
+  Matrix gate_up, down;
   Size inner;
-  const Number *shared_gate, *shared_up, *shared_down;
+  Matrix shared_gate, shared_up, shared_down;
   Size shared_inner;
   double limit;
 };
 
-// Attention with one key per token, to a window and to the entries of a compressor; `contribution` is 0 without one, and
-// so is `index_contribution` of an indexer's own compressor.
+// Attention with one key per token, to a window and to the entries of a compressor; `contribution` is 0 without one,
+// and so is `index_contribution` of an indexer's own compressor.
 struct CompressedAttention {
-  const Number *norm, *q_a, *q_norm, *q_b, *kv, *kv_norm, *sinks, *o_a, *o_b;
+  const Number *norm, *q_norm, *kv_norm, *sinks;
+  Matrix q_a, q_b, kv, o_a, o_b;
   double norm_eps, q_eps, kv_eps, head_eps, scale;
   Size heads, q_rank, head, rotary, window, groups, out_rank;
-  const Number *values, *gates;
+  Matrix values, gates;
   Size contribution;  // numbers of a token's values
-  const Number *index_values, *index_gates;
+  Matrix index_values, index_gates;
   Size index_contribution;
 };
 
@@ -114,6 +124,33 @@ struct Step {
 
 using Numbers = std::vector<Number>;
 
+const Number* plain(const Matrix& matrix) { return static_cast<const Number*>(matrix.numbers); }
+const int8_t* bytes(const Matrix& matrix) { return static_cast<const int8_t*>(matrix.numbers); }
+
+// A linear map of tokens -> out [N, rows]; with rows = 0 there is none.
+struct Map {
+  const Matrix& matrix;
+  Number* out;
+  Size rows;
+};
+
+// Up to four maps of the same tokens x [N, d].
+void map_tokens(const Step& step, const Number* x, Size width, std::initializer_list<Map> maps) {
+  const Size n = step.batch * step.tokens;
+  const Number* weights[4] = {};
+  Number* outs[4] = {};
+  Size rows[4] = {}, some = 0;
+  for (const Map& map : maps) {
+    if (map.rows && map.matrix.scales)
+      project_int8(x, n, 1, width, bytes(map.matrix), map.matrix.scales, map.rows, map.out, step.threads);
+    if (!map.rows || map.matrix.scales) continue;
+    weights[some] = plain(map.matrix), outs[some] = map.out, rows[some++] = map.rows;
+  }
+  if (some)
+    project(x, n, width, weights[0], outs[0], rows[0], weights[1], outs[1], rows[1], weights[2], outs[2], rows[2],
+            weights[3], outs[3], rows[3], step.threads);
+}
+
 Numbers normed(const Number* x, Size tokens, Size width, const Number* weight, double eps) {
   Numbers out(tokens * width);
   norm_rotate(x, out.data(), tokens, 1, width, weight, width, eps, nullptr, nullptr, 1, 0, 0, 0, 1.0);
@@ -144,6 +181,15 @@ void add(const Number* x, const Numbers& y, Number* out) {
   for (size_t i = 0; i < y.size(); ++i) store(out + i, widened(x[i]) + widened(y[i]));
 }
 
+// gates = silu(gates) ups, as in `mix_channels`
+void activate(Number* gates, const Number* ups, Size count, double limit) {
+  const float bound = static_cast<float>(limit);
+  for (Size i = 0; i < count; ++i) {
+    const float gate = std::min(widened(gates[i]), bound), up = std::clamp(widened(ups[i]), -bound, bound);
+    store(gates + i, gate * sigmoid(gate) * up);
+  }
+}
+
 // The token mixer's output [N, d] for its normed input [N, d].
 Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& cache, const Numbers& x) {
   const LatentAttention& mla = layer.attention;
@@ -157,8 +203,10 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
   };
 
   Numbers compressed(n * mla.q_rank), latents(n * width), index_keys(n * (indexer.heads ? indexer.width : 0));
-  project(x.data(), n, layer.width, mla.q_a, compressed.data(), mla.q_rank, mla.kv_a, latents.data(), width,
-          indexer.wk, index_keys.data(), indexer.heads ? indexer.width : 0, nullptr, nullptr, 0, threads);
+  map_tokens(step, x.data(), layer.width,
+             {{mla.q_a, compressed.data(), mla.q_rank},
+              {mla.kv_a, latents.data(), width},
+              {indexer.wk, index_keys.data(), indexer.heads ? indexer.width : 0}});
   if (mla.q_rank) compressed = normed(compressed.data(), n, mla.q_rank, mla.q_norm, mla.q_eps);
   rotate(latents, 1, width, mla.kv_norm, mla.rank, mla.kv_eps, mla.rank, mla.interleaved);
   append(latents, step, width, cache.latents, cache.latents_stride, cache.length);
@@ -173,8 +221,9 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
   const Size from_width = mla.q_rank ? mla.q_rank : layer.width, index_width = indexer.heads * indexer.width;
   Numbers queries(n * mla.heads * head), index_queries(selects ? n * index_width : 0);
   Numbers mixed(n * mla.heads * mla.value_width);
-  project(from, n, from_width, mla.q_b, queries.data(), mla.heads * head, indexer.wq, index_queries.data(),
-          selects ? index_width : 0, nullptr, nullptr, 0, nullptr, nullptr, 0, threads);
+  map_tokens(
+      step, from, from_width,
+      {{mla.q_b, queries.data(), mla.heads * head}, {indexer.wq, index_queries.data(), selects ? index_width : 0}});
   rotate(queries, mla.heads, head, nullptr, 0, 0.0, mla.nope, mla.interleaved);
   const auto attend = [&](Size count, const Size* chosen, const uint8_t* seen, Size seen_batch, Size seen_query) {
     attend_latents(queries.data(), cache.latents, cache.latents_stride, width, mla.rank, count, chosen, seen,
@@ -194,8 +243,7 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
     attend(length, nullptr, step.seen, step.seen_batch, step.seen_query);
   }
   Numbers out(n * layer.width);
-  project(mixed.data(), n, mla.heads * mla.value_width, mla.out, out.data(), layer.width, nullptr, nullptr, 0, nullptr,
-          nullptr, 0, nullptr, nullptr, 0, threads);
+  map_tokens(step, mixed.data(), mla.heads * mla.value_width, {{mla.out, out.data(), layer.width}});
   return out;
 }
 
@@ -208,8 +256,8 @@ void read(const Connection& connection, const Step& step, Size width, const Numb
   if (connection.n == 1)
     std::copy_n(streams, n * width, x);
   else
-    read_streams(streams, n, connection.n, width, connection.fn, connection.base, connection.scale,
-                 connection.norm_eps, connection.eps, connection.iterations, x, post, residual, step.threads);
+    read_streams(streams, n, connection.n, width, connection.fn, connection.base, connection.scale, connection.norm_eps,
+                 connection.eps, connection.iterations, x, post, residual, step.threads);
 }
 
 void write(const Connection& connection, Size n, Size width, const Number* streams, const Numbers& output,
@@ -227,8 +275,8 @@ std::vector<uint8_t> seen_keys(const Step& step, const Memory& memory, const Siz
   for (Size row = 0; row < step.batch * step.tokens; ++row) {
     const Size b = row / step.tokens, place = places[row];
     const Size begin = place - (place % DOCUMENT + DOCUMENT) % DOCUMENT;
-    const Size *near = memory.window_places + b * memory.window_places_stride;
-    const Size *far = memory.entry_places + b * memory.entry_places_stride;
+    const Size* near = memory.window_places + b * memory.window_places_stride;
+    const Size* far = memory.entry_places + b * memory.entry_places_stride;
     uint8_t* to = &seen[row * all];
     for (Size i = 0; i < memory.window_count; ++i) to[i] = place - near[i] >= 0 && place - near[i] < window;
     for (Size i = 0; i < memory.count; ++i)
@@ -245,13 +293,22 @@ Numbers compressed_output(const Layer& layer, const Step& step, const Memory& me
   const Size n = step.batch * step.tokens, all = memory.window_count + memory.count, threads = step.threads;
   std::vector<uint8_t> seen = seen_keys(step, memory, places, mixer.window);
   std::vector<Size> chosen;
-  Keys keys = {memory.entries, memory.entries_stride, mixer.head, mixer.head, all, nullptr, seen.data(),
-               step.tokens * all, all, memory.window, memory.window_stride, memory.window_count};
+  Keys keys = {memory.entries,
+               memory.entries_stride,
+               mixer.head,
+               mixer.head,
+               all,
+               nullptr,
+               seen.data(),
+               step.tokens * all,
+               all,
+               memory.window,
+               memory.window_stride,
+               memory.window_count};
   if (indexer.heads && memory.count > indexer.top_k) {
     const Size top_k = indexer.top_k, index_width = indexer.heads * indexer.width;
     Numbers queries(n * index_width);
-    project(between.latent, n, mixer.q_rank, indexer.wq, queries.data(), index_width, nullptr, nullptr, 0, nullptr,
-            nullptr, 0, nullptr, nullptr, 0, threads);
+    map_tokens(step, between.latent, mixer.q_rank, {{indexer.wq, queries.data(), index_width}});
     norm_rotate(queries.data(), queries.data(), n, indexer.heads, indexer.width, nullptr, 0, 0.0, step.cos, step.sin,
                 step.positions, mixer.rotary, indexer.width - mixer.rotary, true, 1.0);
     chosen.resize(n * top_k);
@@ -274,9 +331,13 @@ Numbers compressed_output(const Layer& layer, const Step& step, const Memory& me
   Numbers values = narrowed(mixed), inner(n * mixer.groups * mixer.out_rank), out(n * layer.width);
   norm_rotate(values.data(), values.data(), n, mixer.heads, mixer.head, nullptr, 0, 0.0, step.cos, step.sin,
               step.positions, mixer.rotary, mixer.head - mixer.rotary, true, -1.0);
-  project_groups(values.data(), n, mixer.groups, width / mixer.groups, mixer.o_a, mixer.out_rank, inner.data(), threads);
-  project(inner.data(), n, mixer.groups * mixer.out_rank, mixer.o_b, out.data(), layer.width, nullptr, nullptr, 0,
-          nullptr, nullptr, 0, nullptr, nullptr, 0, threads);
+  if (mixer.o_a.scales)
+    project_int8(values.data(), n, mixer.groups, width / mixer.groups, bytes(mixer.o_a), mixer.o_a.scales,
+                 mixer.out_rank, inner.data(), threads);
+  else
+    project_groups(values.data(), n, mixer.groups, width / mixer.groups, plain(mixer.o_a), mixer.out_rank, inner.data(),
+                   threads);
+  map_tokens(step, inner.data(), mixer.groups * mixer.out_rank, {{mixer.o_b, out.data(), layer.width}});
   return out;
 }
 
@@ -291,9 +352,25 @@ Numbers channel_mixer_output(const ChannelMixer& mixer, const Step& step, Size w
           mixer.best_groups, mixer.group_top, mixer.scoring, mixer.normalises, mixer.weight_scale, logits.data(),
           weights.data(), chosen.data(), step.threads);
   for (Size slot = 0; slot < n * top_k; ++slot) counts[chosen[slot]] += !step.real || step.real[slot / top_k];
-  mix_channels(x.data(), n, width, chosen.data(), weights.data(), top_k, mixer.gate_up, mixer.down, mixer.inner,
-               mixer.shared_gate, mixer.shared_up, mixer.shared_down, mixer.shared_inner, mixer.limit, out.data(),
-               step.threads);
+  // Experts and what all tokens go through are one function, unless any of it is in int8.
+  const bool apart =
+      mixer.gate_up.scales || mixer.shared_gate.scales || mixer.shared_up.scales || mixer.shared_down.scales;
+  if (mixer.gate_up.scales)
+    mix_int8(x.data(), n, width, chosen.data(), weights.data(), top_k, bytes(mixer.gate_up), mixer.gate_up.scales,
+             bytes(mixer.down), mixer.down.scales, mixer.inner, mixer.limit, out.data(), step.threads);
+  else
+    mix_channels(x.data(), n, width, chosen.data(), weights.data(), top_k, plain(mixer.gate_up), plain(mixer.down),
+                 mixer.inner, plain(mixer.shared_gate), plain(mixer.shared_up), plain(mixer.shared_down),
+                 apart ? 0 : mixer.shared_inner, mixer.limit, out.data(), step.threads);
+  if (apart && mixer.shared_inner) {
+    Numbers gates(n * mixer.shared_inner), ups(gates.size()), shared(n * width);
+    map_tokens(
+        step, x.data(), width,
+        {{mixer.shared_gate, gates.data(), mixer.shared_inner}, {mixer.shared_up, ups.data(), mixer.shared_inner}});
+    activate(gates.data(), ups.data(), gates.size(), mixer.limit);
+    map_tokens(step, gates.data(), mixer.shared_inner, {{mixer.shared_down, shared.data(), width}});
+    add(out.data(), shared, out.data());
+  }
   return out;
 }
 
@@ -318,16 +395,15 @@ void decode_channels(const Layer* layer, const Step* step, const Number* streams
 void begin_compressed(const Layer* layer, const Step* step, const Number* streams, const Between* between, Number* keys,
                       Number* contributions, Number* index_contributions) {
   const CompressedAttention& mixer = layer->compressed;
-  const Size n = step->batch * step->tokens, width = layer->width, threads = step->threads;
+  const Size n = step->batch * step->tokens, width = layer->width;
   const auto rotate = [&](Number* rows, Size heads, const Number* norm, double eps) {
     norm_rotate(rows, rows, n, heads, mixer.head, norm, mixer.head, eps, step->cos, step->sin, step->positions,
                 mixer.rotary, mixer.head - mixer.rotary, true, 1.0);
   };
-  const auto contribute = [&](const Number* values, const Number* gates, Size numbers, Number* to) {
+  const auto contribute = [&](const Matrix& values, const Matrix& gates, Size numbers, Number* to) {
     Numbers both(2 * n * numbers);
     Number *value = both.data(), *gate = value + n * numbers;
-    project(between->x, n, width, values, value, numbers, gates, gate, numbers, nullptr, nullptr, 0, nullptr, nullptr, 0,
-            threads);
+    map_tokens(*step, between->x, width, {{values, value, numbers}, {gates, gate, numbers}});
     for (Size token = 0; token < n; ++token) {
       std::copy_n(value + token * numbers, numbers, to + 2 * token * numbers);
       std::copy_n(gate + token * numbers, numbers, to + (2 * token + 1) * numbers);
@@ -335,13 +411,12 @@ void begin_compressed(const Layer* layer, const Step* step, const Number* stream
   };
   Numbers input(n * width), latent(n * mixer.q_rank);
   read(layer->token_connection, *step, width, streams, input.data(), between->post, between->residual);
-  norm_rotate(input.data(), between->x, n, 1, width, mixer.norm, width, mixer.norm_eps, nullptr, nullptr, 1, 0, 0, 0, 1);
-  project(between->x, n, width, mixer.q_a, latent.data(), mixer.q_rank, mixer.kv, keys, mixer.head, nullptr, nullptr, 0,
-          nullptr, nullptr, 0, threads);
+  norm_rotate(input.data(), between->x, n, 1, width, mixer.norm, width, mixer.norm_eps, nullptr, nullptr, 1, 0, 0, 0,
+              1);
+  map_tokens(*step, between->x, width, {{mixer.q_a, latent.data(), mixer.q_rank}, {mixer.kv, keys, mixer.head}});
   norm_rotate(latent.data(), between->latent, n, 1, mixer.q_rank, mixer.q_norm, mixer.q_rank, mixer.q_eps, nullptr,
               nullptr, 1, 0, 0, 0, 1);
-  project(between->latent, n, mixer.q_rank, mixer.q_b, between->queries, mixer.heads * mixer.head, nullptr, nullptr, 0,
-          nullptr, nullptr, 0, nullptr, nullptr, 0, threads);
+  map_tokens(*step, between->latent, mixer.q_rank, {{mixer.q_b, between->queries, mixer.heads * mixer.head}});
   rotate(between->queries, mixer.heads, nullptr, mixer.head_eps);
   rotate(keys, 1, mixer.kv_norm, mixer.kv_eps);
   if (mixer.contribution) contribute(mixer.values, mixer.gates, mixer.contribution, contributions);
@@ -365,7 +440,8 @@ void decode_layer(const Layer* layer, const Step* step, const Cache* cache, cons
   const Size n = step->batch * step->tokens, width = layer->width;
   const LatentAttention& mla = layer->attention;
   Numbers between(n * width);
-  add(hidden, token_mixer_output(*layer, *step, *cache, normed(hidden, n, width, mla.norm, mla.norm_eps)), between.data());
+  add(hidden, token_mixer_output(*layer, *step, *cache, normed(hidden, n, width, mla.norm, mla.norm_eps)),
+      between.data());
   decode_channels(layer, step, between.data(), out, counts);
 }
 

@@ -22,8 +22,9 @@ void project(const Number* x, Size tokens, Size width, const Number* w0, Number*
     for (; first >= counts[map]; ++map) first -= (counts[map] + ROWS - 1) / ROWS * ROWS;
     const Size count = counts[map];
     Number* out = outputs[map];
-    multiply(weights[map], first, std::min(first + ROWS, count), x, tokens, width,
-             [=](Size row, Size rows, Size token, const float* found) { narrow(found, out + token * count + row, rows); });
+    multiply(
+        weights[map], first, std::min(first + ROWS, count), x, tokens, width,
+        [=](Size row, Size rows, Size token, const float* found) { narrow(found, out + token * count + row, rows); });
   }
 }
 
@@ -66,7 +67,8 @@ void norm_rotate(const Number* x, Number* out, Size tokens, Size heads, Size wid
   }
 }
 
-// Cosines and sines, times `scale`, of `count` positions times the frequencies [rotary / 2] -> cos, sin [count, rotary / 2].
+// Cosines and sines, times `scale`, of `count` positions times the frequencies [rotary / 2] -> cos, sin [count, rotary
+// / 2].
 void angles(const Size* positions, Size count, const float* frequencies, Size pairs, double scale, Number* cos,
             Number* sin) {
   const float factor = static_cast<float>(scale);

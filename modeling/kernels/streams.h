@@ -52,10 +52,9 @@ void read_streams(const Number* streams, Size tokens, Size n, Size width, const 
   std::vector<float> logits(tokens * maps), own(width), wide(whole);
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * maps * whole > WORTH_A_THREAD)
   for (Size first = 0; first < maps; first += n)
-    multiply(fn, first, first + n, streams, tokens, whole,
-             [&](Size i, Size some, Size token, const float* found) {
-               std::copy_n(found, some, &logits[token * maps + i]);
-             });
+    multiply(fn, first, first + n, streams, tokens, whole, [&](Size i, Size some, Size token, const float* found) {
+      std::copy_n(found, some, &logits[token * maps + i]);
+    });
   for (Size token = 0; token < tokens; ++token) {
     const Number* x = streams + token * whole;
     widen(x, wide.data(), whole);

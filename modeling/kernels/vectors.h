@@ -116,8 +116,8 @@ inline Vector add_products(Vector sums, Words a, Words b, float) {
 
 inline Vector add_products(Vector sums, Words a, Words b, bf16) {
 #ifdef __AVX512BF16__
-  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(a),
-                                                   reinterpret_cast<__m512bh>(b)));
+  return reinterpret_cast<Vector>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sums), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 #else
   sums += reinterpret_cast<Vector>(a << 16) * reinterpret_cast<Vector>(b << 16);
   return sums + reinterpret_cast<Vector>(a >> 16 << 16) * reinterpret_cast<Vector>(b >> 16 << 16);
@@ -146,8 +146,7 @@ inline Vector lanes_joined(Vector a, Vector b) {
 inline Vector sums_of(const Vector (&each)[LANES]) {
   Vector quarters[4];
   for (Size i = 0; i < 4; ++i)
-    quarters[i] =
-        quartered(halved(each[4 * i], each[4 * i + 1]), halved(each[4 * i + 2], each[4 * i + 3]));
+    quarters[i] = quartered(halved(each[4 * i], each[4 * i + 1]), halved(each[4 * i + 2], each[4 * i + 3]));
   return lanes_joined(lanes_joined(quarters[0], quarters[1]), lanes_joined(quarters[2], quarters[3]));
 }
 
@@ -214,9 +213,9 @@ inline void paired(const float* row, const float*, Words (&words)[1]) { words[0]
 
 inline void paired(const bf16* row, const bf16* next, Words (&words)[2]) {
   const Halves a = load<Halves>(row), b = load<Halves>(next);
-  words[0] = reinterpret_cast<Words>(__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7,
-                                                             39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46,
-                                                             15, 47));
+  words[0] =
+      reinterpret_cast<Words>(__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
+                                                      40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
   words[1] = reinterpret_cast<Words>(__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22,
                                                              54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61,
                                                              30, 62, 31, 63));
@@ -268,8 +267,7 @@ inline void add_rows(Rows rows, Size count, const Number* weights, Size stride, 
 
 // values [N, width] += weights times `count` rows [count, width]; the weights of each of N stand `stride` apart.
 template <class Rows>
-inline void add_weighted(Rows rows, Size count, const Number* weights, Size stride, Size n, Size width,
-                         float* values) {
+inline void add_weighted(Rows rows, Size count, const Number* weights, Size stride, Size n, Size width, float* values) {
   Size i = 0;
   for (; i + 4 <= n; i += 4) add_rows<4>(rows, count, weights + i * stride, stride, width, values + i * width);
   for (; i < n; ++i) add_rows<1>(rows, count, weights + i * stride, stride, width, values + i * width);

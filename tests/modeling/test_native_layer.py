@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from fathom.modeling import decoder_layer, layer_operator, native, native_compressed, native_layer
+from fathom.modeling import decoder_layer, int8, layer_operator, native, native_compressed, native_layer
 from fathom.modeling.cache import adopt_cache
 from fathom.modeling.configuration_fathom import FathomConfig
+from fathom.modeling.experts import RoutedExperts
 from fathom.modeling.modeling_fathom import FathomForCausalLM
 
 pytestmark = pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler")
@@ -111,6 +112,36 @@ def test_a_layer_in_one_call(kind, dtype, calls, module_by_module):
     assert cache.nbytes() == expected_cache.nbytes()
     for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
         assert layer.get_seq_length() == other.get_seq_length()
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["v2-without-query-latent", "v3", "v3.2", "v4", "v4-choosing"])
+def test_weights_in_int8(kind, dtype, calls, module_by_module):
+    network = model(kind, dtype, **(EVERYTHING if dtype is torch.bfloat16 else {})).quantize_int8()
+    found, counts, _ = read(network, static=False)
+    whole = "compressed" if kind.startswith("v4") else "layer"
+    assert calls == [f"decode_{whole}"] * (6 * network.config.num_hidden_layers)
+    module_by_module(True)
+    expected, expected_counts, _ = read(network, static=False)
+    scale = expected.float().abs().max()
+    torch.testing.assert_close(found.float() / scale, expected.float() / scale, atol=CLOSE[dtype], rtol=0)
+    for one, other in zip(counts, expected_counts, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_some_weights_in_int8(calls, module_by_module):
+    """As of a model whose experts alone were put into int8, or all else."""
+    for kinds in ((RoutedExperts,), (nn.Linear,)):
+        network = model("v3")
+        for name, module in list(network.model.layers.named_modules()):
+            if type(module) in kinds and not name.endswith(int8.KEPT):
+                network.model.layers.set_submodule(name, int8.KINDS[type(module)](module).eval())
+        calls.clear()
+        found, _, _ = read(network, static=False)
+        assert calls
+        module_by_module(True)
+        torch.testing.assert_close(found, read(network, static=False)[0], atol=2e-5, rtol=0)
+        module_by_module(False)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v3.2", "v4"])
