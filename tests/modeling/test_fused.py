@@ -3,11 +3,6 @@
 Every definition is the module's own: it runs where gradients are enabled, which no native function serves.
 """
 
-import os
-import subprocess
-import sys
-import threading
-
 import pytest
 import torch
 from torch import nn
@@ -394,61 +389,6 @@ def test_masks_that_can_be_read():
     assert fused.readable(mask[:1].expand(2, -1, -1))
     assert not fused.readable(mask.float())
     assert not fused.readable(mask.transpose(1, 2))
-
-
-SILENT = "import torch\nfrom fathom.modeling import native\nprint(native.wait(), len(native._builds))"
-
-
-def run(code: str, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != "CXX"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_without_a_compiler_or_unwanted_nothing_is_native(tmp_path):
-    home = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert run(SILENT, FATHOM_KERNELS="0", **home) == "False 2"
-    assert run(SILENT, PATH=str(tmp_path), **home) == "False 2"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_build_is_kept_and_a_broken_compiler_is_survived(tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo 1 || exit 1\n")
-    broken.chmod(0o755)
-    assert run(SILENT, CXX=str(broken), XDG_CACHE_HOME=str(tmp_path / "none")) == "False 2"
-    assert not list((tmp_path / "none").rglob("*.so"))
-    home = tmp_path / "home"
-    code = "import torch\nfrom fathom.modeling import native\nprint(native.wait(torch.float32))"
-    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
-    (kept,) = [path for path in home.rglob("*") if path.is_file()]
-    built = kept.stat().st_mtime_ns
-    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
-    assert kept.stat().st_mtime_ns == built
-
-
-def test_pytorch_serves_until_the_build_is_done(monkeypatch):
-    """A first step does not wait."""
-    begin = threading.Event()
-    monkeypatch.setattr(native, "_libraries", {})
-    monkeypatch.setattr(native, "_builds", {})
-    monkeypatch.setattr(fused, "_kernels", {})
-    built = native._built
-    monkeypatch.setattr(native, "_built", lambda number: begin.wait(60) and built(number))
-    x = torch.randn(1, 1, 16)
-    with torch.no_grad():
-        assert fused.kernels_for(False, 1, x) is None
-        begin.set()
-        assert native.wait(torch.float32)
-        assert fused.kernels_for(False, 1, x) is not None
 
 
 def test_sparse_steps_are_native(monkeypatch):
