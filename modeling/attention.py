@@ -26,8 +26,10 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .fused import PLAIN, kernels_for, project, readable
+from .blockwise_attention import causal_attention, serves
+from .fused import PLAIN, kernels_for, readable
 from .normalization import FathomRMSNorm
+from .products import mapped, project
 from .rotary import apply_rotary, yarn_softmax_scale
 
 
@@ -69,6 +71,8 @@ class FathomAttention(nn.Module):
         Returns:
             Output [B, T, H * D_v]; attention weights [B, H, T, S] where the backend has them, else None.
         """
+        if self.trains_causally(attention_mask, **kwargs) and serves(query, key, value):
+            return causal_attention(query, key, value, self.scaling).flatten(2), None
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = interface(
             self,
@@ -81,6 +85,11 @@ class FathomAttention(nn.Module):
             **kwargs,
         )
         return output.flatten(2), weights
+
+    def trains_causally(self, attention_mask: torch.Tensor | None, is_causal: bool | None = None, **_) -> bool:
+        """Whether this is training by SDPA without padding, packed documents or dropout."""
+        plain = self.training and attention_mask is None and is_causal is not False and not self.attention_dropout
+        return plain and self.config._attn_implementation == "sdpa"
 
 
 def eager_attention(
@@ -283,7 +292,8 @@ class MultiHeadLatentAttention(FathomAttention):
         """Queries [B, H, T, D + P] over keys and values as `expand` returns them -> [B, T, H * D_v] and weights."""
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
-        if self.config._attn_implementation != "sdpa" or padding <= 0:
+        blockwise = self.trains_causally(attention_mask, **kwargs) and serves(query, key, value)
+        if blockwise or self.config._attn_implementation != "sdpa" or padding <= 0:
             return self.attend(query, key, value, attention_mask, **kwargs)
         output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
         return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
@@ -292,7 +302,7 @@ class MultiHeadLatentAttention(FathomAttention):
         """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
         latent, k_pe = self.split_latents(latents)
         batch, _, key_tokens, _ = latent.shape
-        expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
+        expanded = mapped(latent.squeeze(1), self.kv_b_proj).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 

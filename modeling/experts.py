@@ -36,8 +36,10 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation, in_parts
-from .fused import FEW_TOKENS, SCORING_NUMBERS, SILU, kernels_for
+from .fused import FEW_TOKENS, PLAIN, SCORING_NUMBERS, SILU, kernels_for
 from .precision import KeepsFloat32Buffers, float32_linear
+from .products import fits_functions
+from .sorted_experts import SortedExperts, sort_slots
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -45,10 +47,6 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sqrtsoftplus": ACT2FN["sqrtsoftplus"],
 }
 
-# In bf16, the rows of an expert are filled up to a multiple of the larger number, or of the smaller one where experts
-# have few: on a CPU such a product is prepared anew for every number of rows, which takes as long as one of a thousand
-# rows, and leaves 0.7 MB of code and buffers behind.
-ROWS = (16, 64)
 # Up to so many rows per expert, on average, a grouped product costs less than sorted ones. Milliseconds of one thread
 # (Zen 5) by `python -m fathom.training.benchmark.experts`, forward / forward and backward, 4 of 16 experts chosen:
 #
@@ -277,7 +275,17 @@ def sorted_mm_experts_forward(
     whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    if experts.training and _is_swiglu(experts) and fits_functions():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        learning = hidden_states, weights, experts.gate_up_proj, experts.down_proj
+        return SortedExperts.apply(*learning, indices, experts.swiglu_limit, dtype)
     return in_parts(partial(_sorted_experts, experts), hidden_states, indices, weights)
+
+
+def _is_swiglu(experts: RoutedExperts) -> bool:
+    """Whether these are SwiGLU experts with plain weights."""
+    plain = type(experts.gate_up_proj) in PLAIN and type(experts.down_proj) in PLAIN
+    return plain and isinstance(experts.act_fn, SILU)
 
 
 def _sorted_experts(
@@ -285,20 +293,10 @@ def _sorted_experts(
 ) -> torch.Tensor:
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    slots, order = indices.flatten().sort()  # [N K], by expert
-    token = order // indices.shape[1]
+    slots = sort_slots(indices, experts.num_experts, fill=dtype != torch.float32)
+    rows, token = slots.rows, slots.token
     # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.
-    weights = weights.to(dtype).flatten().index_select(0, order)
-    counts = slots.bincount(minlength=experts.num_experts)
-    if dtype != torch.float32:
-        missing = -counts % ROWS[len(slots) > 256 * experts.num_experts]
-        place = torch.arange(len(slots), device=slots.device) + (missing.cumsum(0) - missing).index_select(0, slots)
-        counts = counts + missing
-        total = int(counts.sum())
-        # In between is the first token, which weighs nothing there.
-        token = token.new_zeros(total).index_copy(0, place, token)
-        weights = weights.new_zeros(total).index_copy(0, place, weights)
-    rows = counts.tolist()
+    weights = slots.arrange(weights.to(dtype))
     # Not by brackets, whose gradient is added up number by number.
     grouped = hidden_states.to(dtype).index_select(0, token).split(rows)
     each_weights = weights.unsqueeze(1).split(rows)
