@@ -94,7 +94,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=sums, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if hidden_learns else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if weight_learns else None
+        # Transposed: PyTorch may copy a product's first matrix, and the slope is the larger one.
+        grad_weight = (
+            torch.zeros_like(weight.t(), dtype=sums, memory_format=torch.contiguous_format) if weight_learns else None
+        )
         product, _ = matrix_product(dtype, hidden_states, weight)
         cast_weight = weight.to(dtype)
         rows = tokens_at_once(len(weight), weight.device)
@@ -114,8 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(slope, cast_weight.t())
             if grad_weight is not None:
-                grad_weight += product(slope.t(), hidden.t())
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_weight += product(hidden.t(), slope.t())
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.t().to(weight.dtype))
         return loss
 
     @staticmethod

@@ -68,6 +68,12 @@ def matrix_product(
     return F.linear, dtype is torch.bfloat16
 
 
+def transposed_product(product: Callable, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a^T b` by one of the above, as gradients of weights are: [N, o] and [N, i] -> [o, i]."""
+    # PyTorch copies the first matrix to have its rows side by side, which takes long; better the smaller one.
+    return product(b.t(), a.t()).t() if a.shape[1] > b.shape[1] else product(a.t(), b.t())
+
+
 class _Linear(torch.autograd.Function):
     """`x W^T` for x [N, i] and W [o, i]."""
 
@@ -82,7 +88,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
         (x, weight), (x_learns, weight_learns) = ctx.saved_tensors, ctx.needs_input_grad
         grad = grad.contiguous()
-        return times(grad, weight.t()) if x_learns else None, times(grad.t(), x.t()) if weight_learns else None
+        return times(grad, weight.t()) if x_learns else None, transposed_product(
+            times, grad, x
+        ) if weight_learns else None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

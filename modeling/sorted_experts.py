@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .products import matrix_product
+from .products import matrix_product, transposed_product
 
 # An expert's rows are filled up to a multiple of the larger number, or of the smaller one where experts have few:
 # oneDNN prepares a product anew for every number of rows, which in bf16 takes as long as one of a thousand rows and
@@ -109,7 +109,7 @@ class SortedExperts(torch.autograd.Function):
             grad_weighed = product(rows, w_2[expert].t())  # [rows, I]
             grad_shares.append((grad_weighed * inner).sum(dim=-1, dtype=weights.dtype))
             if grad_down is not None:
-                grad_down[expert] = product(rows.t(), inner.mul_(shares[expert]).t())
+                grad_down[expert] = transposed_product(product, rows, inner.mul_(shares[expert]))
             grad_inner = grad_weighed.mul_(shares[expert])
             grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
             grad_gate_up_rows = torch.cat((grad_gate, grad_inner.mul_(activated)), dim=-1)  # [rows, 2 I]
@@ -120,7 +120,7 @@ class SortedExperts(torch.autograd.Function):
                 grad_rows = product(grad_gate_up_rows, w_1[expert].t())
                 grad_hidden.index_add_(0, token, grad_rows.to(grad_hidden.dtype))
             if grad_gate_up is not None:
-                grad_gate_up[expert] = product(grad_gate_up_rows.t(), x.index_select(0, token).t())
+                grad_gate_up[expert] = transposed_product(product, grad_gate_up_rows, x.index_select(0, token))
         of_rows = torch.cat(grad_shares)
         of_choices = of_rows if slots.place is None else of_rows.index_select(0, slots.place)
         grad_weights = torch.empty_like(of_choices).index_copy_(0, slots.order, of_choices).view_as(weights)
