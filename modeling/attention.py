@@ -244,12 +244,14 @@ class MultiHeadLatentAttention(FathomAttention):
             normed = {"norm_width": rank, "norm": norm.weight, "eps": norm.eps}
             latents = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)
             return query.transpose(1, 2), latents.transpose(1, 2)
-        q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent, k_pe = self.split_latents(latents.unsqueeze(1))
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_pe = self.split_latents(latents)
         # The key is rotated as one more head: a rotation is many small operations.
-        rotated = apply_rotary(torch.cat((q_pe, k_pe), dim=1), *position_embeddings, interleaved=self.rope_interleave)
-        q_pe, k_pe = rotated.split([self.num_heads, 1], dim=1)
-        return torch.cat((q_nope, q_pe), dim=-1), torch.cat((norm(latent), k_pe), dim=-1)
+        unrotated = torch.cat((q_pe, k_pe.unsqueeze(2)), dim=2)  # [B, T, H + 1, P]
+        rotated = apply_rotary(unrotated, *position_embeddings, interleaved=self.rope_interleave, heads=2)
+        q_pe, k_pe = rotated.to(query.dtype).split([self.num_heads, 1], dim=2)
+        latents = torch.cat((norm(latent), k_pe.squeeze(2)), dim=-1)
+        return torch.cat((q_nope, q_pe), dim=-1).transpose(1, 2), latents.unsqueeze(1)
 
     def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""
@@ -300,11 +302,11 @@ class MultiHeadLatentAttention(FathomAttention):
 
     def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
-        latent, k_pe = self.split_latents(latents)
-        batch, _, key_tokens, _ = latent.shape
-        expanded = mapped(latent.squeeze(1), self.kv_b_proj).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+        latent, k_pe = self.split_latents(latents.squeeze(1))  # [B, S, R], [B, S, P]
+        expanded = mapped(latent, self.kv_b_proj).unflatten(-1, (self.num_heads, -1))
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, S, H, D], [B, S, H, D_v]
+        key = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
+        return key.transpose(1, 2), value.transpose(1, 2)
 
     def absorbed_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""

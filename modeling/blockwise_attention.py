@@ -58,8 +58,9 @@ class _CausalAttention(torch.autograd.Function):
         ctx.scaling = scaling
         batch, heads, tokens, _ = query.shape
         output = query.new_empty(batch, tokens, heads, value.shape[-1])
+        later = _later(query)
         for row, start, end in _blocks(query):
-            weights = _weights(query[row, :, start:end] * scaling, key[row, :, :end])
+            weights = _weights(query[row, :, start:end] * scaling, key[row, :, :end], later)
             output[row, start:end] = (weights @ value[row, :, :end]).transpose(0, 1)
         return output
 
@@ -71,6 +72,7 @@ class _CausalAttention(torch.autograd.Function):
         sums = torch.promote_types(query.dtype, torch.float32)
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
+        later = _later(query)
         for row, start, end in _blocks(query):
             queries, keys, slope = (
                 query[row, :, start:end] * ctx.scaling,
@@ -78,7 +80,7 @@ class _CausalAttention(torch.autograd.Function):
                 grad_output[row, start:end],
             )
             slope = slope.transpose(0, 1)  # [H, BLOCK, D_v]
-            weights = _weights(queries, keys)
+            weights = _weights(queries, keys, later)
             grad_value[row, :, :end] += weights.mT @ slope
             grad_weights = slope @ value[row, :, :end].mT
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -94,9 +96,13 @@ def _blocks(query: torch.Tensor):
             yield row, start, start + BLOCK
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _later(query: torch.Tensor) -> torch.Tensor:
+    """[BLOCK, BLOCK]: -inf where a key comes after the query, 0 elsewhere."""
+    return query.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
     """Softmax over the keys [H, S, D] of the last BLOCK tokens' scaled queries [H, BLOCK, D] -> [H, BLOCK, S]."""
     scores = queries @ keys.mT
-    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
-    scores[..., -BLOCK:].masked_fill_(later, float("-inf"))
+    scores[..., -BLOCK:].add_(later)
     return scores.softmax(dim=-1)
