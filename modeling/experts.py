@@ -90,7 +90,7 @@ class ExpertRouter(KeepsFloat32Buffers):
         if kernels is not None:
             return kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
         # In bf16 near ties would be routed by rounding.
-        logits = float32_linear(hidden_states, self.weight)  # [N, E]
+        logits = in_parts(partial(float32_linear, weight=self.weight), hidden_states)  # [N, E]
         scores = self.affinities(logits)
         indices = self.choose(scores, input_ids)
         weights = scores.gather(1, indices)
@@ -275,11 +275,19 @@ def sorted_mm_experts_forward(
     whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
-    if experts.training and _is_swiglu(experts) and fits_functions():
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        learning = hidden_states, weights, experts.gate_up_proj, experts.down_proj
-        return SortedExperts.apply(*learning, indices, experts.swiglu_limit, dtype)
+    differentiable_twice = torch.is_grad_enabled() and not experts.training
+    if _is_swiglu(experts) and fits_functions() and not differentiable_twice:
+        return in_parts(partial(_one_after_another, experts), hidden_states, indices, weights)
     return in_parts(partial(_sorted_experts, experts), hidden_states, indices, weights)
+
+
+def _one_after_another(
+    experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    learning = hidden_states, weights, experts.gate_up_proj, experts.down_proj
+    return SortedExperts.apply(*learning, indices, experts.swiglu_limit, dtype, torch.is_grad_enabled())
 
 
 def _is_swiglu(experts: RoutedExperts) -> bool:
@@ -399,7 +407,10 @@ class MixtureOfExperts(nn.Module):
         logits, weights, indices = self.gate(tokens, None if input_ids is None else input_ids.flatten())
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
         if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+            if torch.is_grad_enabled():
+                output = output + self.shared_experts(hidden_states)
+            else:
+                output += self.shared_experts(hidden_states)
 
         counts = count_tokens(indices, self.num_experts, None if token_mask is None else token_mask.flatten())
         balance_loss = None

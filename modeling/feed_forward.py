@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .fused import SILU, is_plain, kernels_for
+from .memory import give_back_freed_memory
 from .products import mapped
 
 # Tokens of a row that are mixed at a time where no gradient is asked for.
@@ -48,6 +49,8 @@ def in_parts(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> to
             # Results of the parts, kept one by one, would lie between the memory that each part frees for the next.
             output = mixed.new_empty(*inputs[0].shape[:-1], mixed.shape[-1])
         output[..., part, :] = mixed
+        del mixed
+        give_back_freed_memory(inputs[0].shape[-2])
     return output
 
 

@@ -55,7 +55,8 @@ def sort_slots(indices: torch.Tensor, num_experts: int, fill: bool) -> Slots:
 class SortedExperts(torch.autograd.Function):
     """SwiGLU experts: tokens [N, d], weights [N, K], W_1 [E, 2 I, d], W_2 [E, d, I] -> [N, d] in the tokens' dtype.
 
-    Then the chosen experts [N, K], the limit of `gated_activation` and the dtype of the products.
+    Then the chosen experts [N, K], the limit of `gated_activation`, the dtype of the products, and whether a gradient
+    may be asked for.
     """
 
     @staticmethod
@@ -68,6 +69,7 @@ class SortedExperts(torch.autograd.Function):
         indices: torch.Tensor,
         limit: float | None,
         dtype: torch.dtype,
+        learns: bool,
     ) -> torch.Tensor:
         product, by_onednn = matrix_product(dtype, hidden_states, gate_up_proj, down_proj)
         slots = sort_slots(indices, len(gate_up_proj), fill=by_onednn)
@@ -79,8 +81,10 @@ class SortedExperts(torch.autograd.Function):
             if not len(token):  # oneDNN knows no matrices without rows
                 kept.append(None)
                 continue
-            kept.append(product(x.index_select(0, token), w_1[expert]))  # [rows, 2 I]
-            gate, up = _clamped(kept[-1], limit)
+            gate_up = product(x.index_select(0, token), w_1[expert])  # [rows, 2 I]
+            if learns:
+                kept.append(gate_up)
+            gate, up = _clamped(gate_up, limit)
             inner = F.silu(gate).mul_(up).mul_(shares[expert])
             output.index_add_(0, token, product(inner, w_2[expert]).to(output.dtype))
         ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, *kept)
@@ -124,7 +128,7 @@ class SortedExperts(torch.autograd.Function):
         of_rows = torch.cat(grad_shares)
         of_choices = of_rows if slots.place is None else of_rows.index_select(0, slots.place)
         grad_weights = torch.empty_like(of_choices).index_copy_(0, slots.order, of_choices).view_as(weights)
-        return grad_hidden, grad_weights, grad_gate_up, grad_down, None, None, None
+        return grad_hidden, grad_weights, grad_gate_up, grad_down, None, None, None, None
 
 
 def _clamped(gate_up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, ...]:
