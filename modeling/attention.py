@@ -275,7 +275,7 @@ class MultiHeadLatentAttention(FathomAttention):
 
     def reads_by_heads(self, tokens: int) -> bool:
         """Whether a text of so many tokens is long enough, and the maps plain enough, for `attend_by_heads`."""
-        if tokens <= TOKENS_OF_ALL_HEADS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens <= TOKENS_OF_ALL_HEADS:
             return False
         queries = self.q_b_proj if self.compresses_queries else self.q_proj
         plain = is_plain(queries) and type(queries.weight) in PLAIN and not queries.weight.is_meta

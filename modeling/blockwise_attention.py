@@ -26,12 +26,12 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `causal_attention` is the fast way for such tensors, of the shapes there."""
     tokens = query.shape[2]
     return (
-        query.is_cpu
+        fits_functions()
+        and query.is_cpu
         and tokens % BLOCK == 0
         and tokens <= LONGEST
         and query.shape[:3] == key.shape[:3] == value.shape[:3]
         and all(type(each) is torch.Tensor for each in (query, key, value))
-        and fits_functions()
     )
 
 

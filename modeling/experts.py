@@ -51,14 +51,14 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # (Zen 5) by `python -m fathom.training.benchmark.experts`, forward / forward and backward, 4 of 16 experts chosen:
 #
 #                rows per expert         1              4             16             64            256            1024
-#   fp32, d=256         sorted   0.35 / 2.5   0.65 / 3.8     1.5 / 6.1      3.7 / 12       12 / 37       70 / 146
-#                      grouped   0.22 / 0.8   0.45 / 2.3     1.3 / 4.6      3.6 / 11       14 / 38       60 / 160
-#   bf16, d=256         sorted   0.83 / 2.9    1.2 / 4.8     1.5 / 5.0      2.3 / 8.3     5.2 / 16       17 / 55
-#                      grouped   0.46 / 1.7    0.8 / 3.1     1.0 / 3.7      2.3 / 7.8     6.3 / 18       24 / 148
-#   fp32, d=768         sorted   3.7 / 14      6.4 / 23      11 / 52        27 / 119      85 / 278      363 / 1136
-#                      grouped   3.3 / 10      6.6 / 34      11 / 45        27 / 94       89 / 291      439 / 1232
+#   fp32, d=256         sorted   0.80 / 3.3    1.1 / 4.6     1.3 / 5.2      2.2 / 7.9     5.7 / 21       22 / 86
+#                      grouped   0.20 / 0.6    0.4 / 1.4     0.9 / 3.2      2.8 / 9.3     12 / 35        82 / 153
+#   bf16, d=256         sorted   0.85 / 3.2    1.0 / 3.8     1.1 / 4.3      1.7 / 6.7     4.1 / 15       13 / 44
+#                      grouped   0.47 / 1.6    0.6 / 1.9     0.8 / 2.7      1.5 / 5.6     5.3 / 16       26 / 69
+#   fp32, d=768         sorted   4.3 / 16      5.9 / 21      7.1 / 24       14 / 45       43 / 132       160 / 527
+#                      grouped   3.0 / 26      6.1 / 17      10 / 29        25 / 89       106 / 284      462 / 1133
 #
-# The loop (`eager`) is behind the better of both everywhere, and a batched product (`batched_mm`) from 2 tokens on.
+# The loop (`eager`) is behind the better of both nearly everywhere, and a batched product (`batched_mm`) from 2 tokens on.
 GROUPED_ROWS = 64
 
 

@@ -65,7 +65,8 @@ class FathomRMSNorm(nn.Module):
         if kernels is not None:
             return kernels.rms_norm(hidden_states, self.weight, self.eps)
         differentiable_twice = torch.is_grad_enabled() and not self.training
-        if tokens >= FEWEST_TOKENS and hidden_states.is_cpu and fits_functions() and not differentiable_twice:
+        # In graphs the number of tokens may not be asked for: it can depend on data.
+        if hidden_states.is_cpu and fits_functions() and tokens >= FEWEST_TOKENS and not differentiable_twice:
             return _RMSNorm.apply(hidden_states.flatten(0, -2), self.weight, self.eps).view_as(hidden_states)
         if hidden_states.dtype == self.weight.dtype:  # PyTorch's own computes in fp32, too
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

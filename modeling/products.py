@@ -35,10 +35,10 @@ def onednn_is_faster() -> bool:
 def usable(*tensors: torch.Tensor) -> bool:
     """Whether `times` may be called on such tensors: plain ones in fp32, outside of graphs, and oneDNN not off."""
     return (
-        all(type(each) in PLAIN and each.dtype is torch.float32 and each.is_cpu for each in tensors)
+        fits_functions()
+        and all(type(each) in PLAIN and each.dtype is torch.float32 and each.is_cpu for each in tensors)
         and torch.backends.mkldnn.enabled
         and onednn_is_faster()
-        and fits_functions()
     )
 
 
@@ -95,8 +95,13 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`F.linear(x, weight)`, in training: [..., i] and [o, i] -> [..., o]."""
-    many = x.shape[:-1].numel() >= FEWEST_TOKENS
-    if not many or torch.is_autocast_enabled(x.device.type) or not usable(x, weight) or not weight.is_contiguous():
+    # Last the number of tokens, which in graphs may not be asked for: it can depend on data.
+    if (
+        torch.is_autocast_enabled(x.device.type)
+        or not usable(x, weight)
+        or not weight.is_contiguous()
+        or x.shape[:-1].numel() < FEWEST_TOKENS
+    ):
         return F.linear(x, weight)
     return _Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
 
