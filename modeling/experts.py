@@ -58,7 +58,7 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 #   fp32, d=768         sorted   4.3 / 16      5.9 / 21      7.1 / 24       14 / 45       43 / 132       160 / 527
 #                      grouped   3.0 / 26      6.1 / 17      10 / 29        25 / 89       106 / 284      462 / 1133
 #
-# The loop (`eager`) is behind the better of both nearly everywhere, and a batched product (`batched_mm`) from 2 tokens on.
+# The loop (`eager`) is nearly everywhere behind the better of both, a batched product (`batched_mm`) from 2 tokens on.
 GROUPED_ROWS = 64
 
 
