@@ -26,9 +26,15 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .fused import PLAIN, kernels_for, project, readable
+from .blockwise_attention import causal_attention, serves
+from .fused import PLAIN, is_plain, kernels_for, readable
+from .memory import give_back_freed_memory
 from .normalization import FathomRMSNorm
+from .products import mapped, project
 from .rotary import apply_rotary, yarn_softmax_scale
+
+# Of longer texts MLA has the queries, keys and values of fewer heads at a time, where no gradient is asked for.
+TOKENS_OF_ALL_HEADS = 8192
 
 
 class MixerOutput(NamedTuple):
@@ -69,6 +75,8 @@ class FathomAttention(nn.Module):
         Returns:
             Output [B, T, H * D_v]; attention weights [B, H, T, S] where the backend has them, else None.
         """
+        if self.trains_causally(attention_mask, **kwargs) and serves(query, key, value):
+            return causal_attention(query, key, value, self.scaling).flatten(2), None
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = interface(
             self,
@@ -81,6 +89,11 @@ class FathomAttention(nn.Module):
             **kwargs,
         )
         return output.flatten(2), weights
+
+    def trains_causally(self, attention_mask: torch.Tensor | None, is_causal: bool | None = None, **_) -> bool:
+        """Whether this is training by SDPA without padding, packed documents or dropout."""
+        plain = self.training and attention_mask is None and is_causal is not False and not self.attention_dropout
+        return plain and self.config._attn_implementation == "sdpa"
 
 
 def eager_attention(
@@ -192,11 +205,19 @@ class MultiHeadLatentAttention(FathomAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
-        query, latents = self.queries_and_latents(*self.compress(hidden_states), position_embeddings)
+        q_latent, latents = self.compress(hidden_states)
+        by_heads = attention_mask is None and self.reads_by_heads(q_latent.shape[1])
+        if by_heads:
+            latents = self.normed_latents(latents, position_embeddings)
+        else:
+            query, latents = self.queries_and_latents(q_latent, latents, position_embeddings)
         if past_key_values is not None:
             # They are all that is kept: the layer's values are empty.
             latents, _ = past_key_values.update(latents, latents[..., :0], self.layer_idx)
-        output, weights = self.attend_latents(query, latents, attention_mask, **kwargs)
+        if by_heads:
+            output, weights = self.attend_by_heads(q_latent, latents, position_embeddings, **kwargs), None
+        else:
+            output, weights = self.attend_latents(query, latents, attention_mask, **kwargs)
         return MixerOutput(project(output, self.o_proj)[0], weights)
 
     def compress(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,12 +256,65 @@ class MultiHeadLatentAttention(FathomAttention):
             normed = {"norm_width": rank, "norm": norm.weight, "eps": norm.eps}
             latents = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)
             return query.transpose(1, 2), latents.transpose(1, 2)
-        q_nope, q_pe = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent, k_pe = self.split_latents(latents.unsqueeze(1))
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_pe = self.split_latents(latents)
         # The key is rotated as one more head: a rotation is many small operations.
-        rotated = apply_rotary(torch.cat((q_pe, k_pe), dim=1), *position_embeddings, interleaved=self.rope_interleave)
-        q_pe, k_pe = rotated.split([self.num_heads, 1], dim=1)
-        return torch.cat((q_nope, q_pe), dim=-1), torch.cat((norm(latent), k_pe), dim=-1)
+        unrotated = torch.cat((q_pe, k_pe.unsqueeze(2)), dim=2)  # [B, T, H + 1, P]
+        rotated = apply_rotary(unrotated, *position_embeddings, interleaved=self.rope_interleave, heads=2)
+        q_pe, k_pe = rotated.to(query.dtype).split([self.num_heads, 1], dim=2)
+        latents = torch.cat((norm(latent), k_pe.squeeze(2)), dim=-1)
+        return torch.cat((q_nope, q_pe), dim=-1).transpose(1, 2), latents.unsqueeze(1)
+
+    def normed_latents(
+        self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """What `queries_and_latents` says is cached, without queries."""
+        latent, k_pe = self.split_latents(latents.unsqueeze(1))
+        k_pe = apply_rotary(k_pe, *position_embeddings, interleaved=self.rope_interleave)
+        return torch.cat((self.kv_a_layernorm(latent), k_pe.to(latents.dtype)), dim=-1)
+
+    def reads_by_heads(self, tokens: int) -> bool:
+        """Whether a text of so many tokens is long enough, and the maps plain enough, for `attend_by_heads`."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens <= TOKENS_OF_ALL_HEADS:
+            return False
+        queries = self.q_b_proj if self.compresses_queries else self.q_proj
+        plain = is_plain(queries) and type(queries.weight) in PLAIN and not queries.weight.is_meta
+        return plain and self.knows_expansion() and self.config._attn_implementation == "sdpa"
+
+    def attend_by_heads(
+        self,
+        q_latent: torch.Tensor,
+        latents: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs,
+    ) -> torch.Tensor:
+        """Causal `expanded_attention` for some heads at a time, whose queries, keys and values alone are there.
+
+        Args:
+            q_latent: [B, T, Q], see `compress`.
+            latents: [B, 1, S, R + P], what is cached.
+
+        Returns:
+            [B, T, H * D_v].
+        """
+        batch, tokens, _ = q_latent.shape
+        give_back_freed_memory(tokens)
+        of_queries = (self.q_b_proj if self.compresses_queries else self.q_proj).weight
+        of_queries = of_queries.unflatten(0, (self.num_heads, -1))  # [H, D + P, Q]
+        expansion = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, D + D_v, R]
+        output = q_latent.new_empty(batch, tokens, self.num_heads, self.v_head_dim)
+        count = max(1, self.num_heads * TOKENS_OF_ALL_HEADS // tokens)
+        for heads in (slice(first, first + count) for first in range(0, self.num_heads, count)):
+            query = F.linear(q_latent, of_queries[heads].flatten(0, 1)).unflatten(-1, (-1, self.qk_head_dim))
+            q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+            q_pe = apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave, heads=2)
+            query = torch.cat((q_nope, q_pe.to(query.dtype)), dim=-1).transpose(1, 2)
+            key, value = self.expand(latents, expansion[heads])
+            attended, _ = self.attend_expanded(query, key, value, None, **kwargs)
+            output[:, :, heads] = attended.unflatten(-1, (-1, self.v_head_dim))
+        del query, q_nope, q_pe, key, value, attended
+        give_back_freed_memory(tokens)
+        return output.flatten(2)
 
     def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""
@@ -283,18 +357,24 @@ class MultiHeadLatentAttention(FathomAttention):
         """Queries [B, H, T, D + P] over keys and values as `expand` returns them -> [B, T, H * D_v] and weights."""
         # PyTorch's fused kernels need keys and values of one width; zeros on the values are exact and cheap.
         padding = self.qk_head_dim - self.v_head_dim
-        if self.config._attn_implementation != "sdpa" or padding <= 0:
+        blockwise = self.trains_causally(attention_mask, **kwargs) and serves(query, key, value)
+        if blockwise or self.config._attn_implementation != "sdpa" or padding <= 0:
             return self.attend(query, key, value, attention_mask, **kwargs)
         output, weights = self.attend(query, key, F.pad(value, (0, padding)), attention_mask, **kwargs)
-        return output.unflatten(-1, (self.num_heads, -1))[..., : self.v_head_dim].flatten(2), weights
+        return output.unflatten(-1, (query.shape[1], -1))[..., : self.v_head_dim].flatten(2), weights
 
-    def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v]."""
-        latent, k_pe = self.split_latents(latents)
-        batch, _, key_tokens, _ = latent.shape
-        expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, key_tokens, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+    def expand(self, latents: torch.Tensor, weight: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached, [B, 1, S, R + P] -> keys [B, H, S, D + P] and values [B, H, S, D_v].
+
+        Args:
+            weight: [H, D + D_v, R] of some heads, which alone are expanded then.
+        """
+        latent, k_pe = self.split_latents(latents.squeeze(1))  # [B, S, R], [B, S, P]
+        expanded = mapped(latent, self.kv_b_proj) if weight is None else F.linear(latent, weight.flatten(0, 1))
+        expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)  # [B, S, H, D], [B, S, H, D_v]
+        key = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)), dim=-1)
+        return key.transpose(1, 2), value.transpose(1, 2)
 
     def absorbed_attention(self, query, latents, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same numbers as `expanded_attention`, computed on the latents. Returns [B, T, H * D_v] and weights."""

@@ -36,8 +36,10 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation, in_parts
-from .fused import FEW_TOKENS, SCORING_NUMBERS, SILU, kernels_for
+from .fused import FEW_TOKENS, PLAIN, SCORING_NUMBERS, SILU, kernels_for
 from .precision import KeepsFloat32Buffers, float32_linear
+from .products import fits_functions
+from .sorted_experts import SortedExperts, sort_slots
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -45,22 +47,18 @@ SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sqrtsoftplus": ACT2FN["sqrtsoftplus"],
 }
 
-# In bf16, the rows of an expert are filled up to a multiple of the larger number, or of the smaller one where experts
-# have few: on a CPU such a product is prepared anew for every number of rows, which takes as long as one of a thousand
-# rows, and leaves 0.7 MB of code and buffers behind.
-ROWS = (16, 64)
 # Up to so many rows per expert, on average, a grouped product costs less than sorted ones. Milliseconds of one thread
 # (Zen 5) by `python -m fathom.training.benchmark.experts`, forward / forward and backward, 4 of 16 experts chosen:
 #
 #                rows per expert         1              4             16             64            256            1024
-#   fp32, d=256         sorted   0.35 / 2.5   0.65 / 3.8     1.5 / 6.1      3.7 / 12       12 / 37       70 / 146
-#                      grouped   0.22 / 0.8   0.45 / 2.3     1.3 / 4.6      3.6 / 11       14 / 38       60 / 160
-#   bf16, d=256         sorted   0.83 / 2.9    1.2 / 4.8     1.5 / 5.0      2.3 / 8.3     5.2 / 16       17 / 55
-#                      grouped   0.46 / 1.7    0.8 / 3.1     1.0 / 3.7      2.3 / 7.8     6.3 / 18       24 / 148
-#   fp32, d=768         sorted   3.7 / 14      6.4 / 23      11 / 52        27 / 119      85 / 278      363 / 1136
-#                      grouped   3.3 / 10      6.6 / 34      11 / 45        27 / 94       89 / 291      439 / 1232
+#   fp32, d=256         sorted   0.80 / 3.3    1.1 / 4.6     1.3 / 5.2      2.2 / 7.9     5.7 / 21       22 / 86
+#                      grouped   0.20 / 0.6    0.4 / 1.4     0.9 / 3.2      2.8 / 9.3     12 / 35        82 / 153
+#   bf16, d=256         sorted   0.85 / 3.2    1.0 / 3.8     1.1 / 4.3      1.7 / 6.7     4.1 / 15       13 / 44
+#                      grouped   0.47 / 1.6    0.6 / 1.9     0.8 / 2.7      1.5 / 5.6     5.3 / 16       26 / 69
+#   fp32, d=768         sorted   4.3 / 16      5.9 / 21      7.1 / 24       14 / 45       43 / 132       160 / 527
+#                      grouped   3.0 / 26      6.1 / 17      10 / 29        25 / 89       106 / 284      462 / 1133
 #
-# The loop (`eager`) is behind the better of both everywhere, and a batched product (`batched_mm`) from 2 tokens on.
+# The loop (`eager`) is nearly everywhere behind the better of both, a batched product (`batched_mm`) from 2 tokens on.
 GROUPED_ROWS = 64
 
 
@@ -92,7 +90,7 @@ class ExpertRouter(KeepsFloat32Buffers):
         if kernels is not None:
             return kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
         # In bf16 near ties would be routed by rounding.
-        logits = float32_linear(hidden_states, self.weight)  # [N, E]
+        logits = in_parts(partial(float32_linear, weight=self.weight), hidden_states)  # [N, E]
         scores = self.affinities(logits)
         indices = self.choose(scores, input_ids)
         weights = scores.gather(1, indices)
@@ -277,7 +275,25 @@ def sorted_mm_experts_forward(
     whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    differentiable_twice = torch.is_grad_enabled() and not experts.training
+    if _is_swiglu(experts) and fits_functions() and not differentiable_twice:
+        return in_parts(partial(_one_after_another, experts), hidden_states, indices, weights)
     return in_parts(partial(_sorted_experts, experts), hidden_states, indices, weights)
+
+
+def _one_after_another(
+    experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    learning = hidden_states, weights, experts.gate_up_proj, experts.down_proj
+    return SortedExperts.apply(*learning, indices, experts.swiglu_limit, dtype, torch.is_grad_enabled())
+
+
+def _is_swiglu(experts: RoutedExperts) -> bool:
+    """Whether these are SwiGLU experts with plain weights."""
+    plain = type(experts.gate_up_proj) in PLAIN and type(experts.down_proj) in PLAIN
+    return plain and isinstance(experts.act_fn, SILU)
 
 
 def _sorted_experts(
@@ -285,20 +301,10 @@ def _sorted_experts(
 ) -> torch.Tensor:
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    slots, order = indices.flatten().sort()  # [N K], by expert
-    token = order // indices.shape[1]
+    slots = sort_slots(indices, experts.num_experts, fill=dtype != torch.float32)
+    rows, token = slots.rows, slots.token
     # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.
-    weights = weights.to(dtype).flatten().index_select(0, order)
-    counts = slots.bincount(minlength=experts.num_experts)
-    if dtype != torch.float32:
-        missing = -counts % ROWS[len(slots) > 256 * experts.num_experts]
-        place = torch.arange(len(slots), device=slots.device) + (missing.cumsum(0) - missing).index_select(0, slots)
-        counts = counts + missing
-        total = int(counts.sum())
-        # In between is the first token, which weighs nothing there.
-        token = token.new_zeros(total).index_copy(0, place, token)
-        weights = weights.new_zeros(total).index_copy(0, place, weights)
-    rows = counts.tolist()
+    weights = slots.arrange(weights.to(dtype))
     # Not by brackets, whose gradient is added up number by number.
     grouped = hidden_states.to(dtype).index_select(0, token).split(rows)
     each_weights = weights.unsqueeze(1).split(rows)
@@ -401,7 +407,10 @@ class MixtureOfExperts(nn.Module):
         logits, weights, indices = self.gate(tokens, None if input_ids is None else input_ids.flatten())
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
         if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_states)
+            if torch.is_grad_enabled():
+                output = output + self.shared_experts(hidden_states)
+            else:
+                output += self.shared_experts(hidden_states)
 
         counts = count_tokens(indices, self.num_experts, None if token_mask is None else token_mask.flatten())
         balance_loss = None

@@ -14,6 +14,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .fused import SILU, is_plain, kernels_for
+from .memory import give_back_freed_memory
+from .products import mapped
 
 # Tokens of a row that are mixed at a time where no gradient is asked for.
 TOKENS_AT_ONCE = 4096
@@ -47,6 +49,8 @@ def in_parts(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> to
             # Results of the parts, kept one by one, would lie between the memory that each part frees for the next.
             output = mixed.new_empty(*inputs[0].shape[:-1], mixed.shape[-1])
         output[..., part, :] = mixed
+        del mixed
+        give_back_freed_memory(inputs[0].shape[-2])
     return output
 
 
@@ -74,9 +78,11 @@ class FeedForward(nn.Module):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gated:
-            inner = gated_activation(self.gate_proj(x), self.up_proj(x), self.act_fn, self.swiglu_limit)
-            return self.down_proj(inner)
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+            gate, up = mapped(x, self.gate_proj), mapped(x, self.up_proj)
+            inner = gated_activation(gate, up, self.act_fn, self.swiglu_limit)
+        else:
+            inner = self.act_fn(mapped(x, self.up_proj))
+        return mapped(inner, self.down_proj)
 
 
 class DenseChannelMixer(FeedForward):

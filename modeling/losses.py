@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .indexing import REPORT
+from .products import matrix_product
 
 IGNORED = -100  # target of a position that predicts nothing, as in PyTorch
 
@@ -93,28 +94,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = torch.promote_types(dtype, torch.float32)
         loss = torch.zeros((), dtype=sums, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if hidden_learns else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if weight_learns else None
+        # Transposed: PyTorch may copy a product's first matrix, and the slope is the larger one.
+        grad_weight = (
+            torch.zeros_like(weight.t(), dtype=sums, memory_format=torch.contiguous_format) if weight_learns else None
+        )
+        product, _ = matrix_product(dtype, hidden_states, weight)
         cast_weight = weight.to(dtype)
         rows = tokens_at_once(len(weight), weight.device)
         for start in range(0, len(hidden_states), rows):
             chunk = slice(start, start + rows)
             hidden, target = hidden_states[chunk].to(dtype), targets[chunk].unsqueeze(1)
             seen, target = target != IGNORED, target.clamp(min=0)
-            logits = (hidden @ cast_weight.T).to(sums)  # [rows, V]
-            largest = logits.amax(dim=-1, keepdim=True)
-            of_target = logits.gather(1, target) - largest
+            logits = product(hidden, cast_weight).to(sums)  # [rows, V]
+            of_target = logits.gather(1, target) - logits.amax(dim=-1, keepdim=True)
             # In place: new memory for as many numbers takes longer than the arithmetic.
-            slope = logits.sub_(largest).exp_()
-            total = slope.sum(dim=-1, keepdim=True)
-            loss += ((total.log() - of_target) * seen).sum()
+            slope = torch.softmax(logits, dim=-1, out=logits)
+            # The largest of `exp(logits - largest) / total` is `1 / total`.
+            loss -= ((of_target + slope.amax(dim=-1, keepdim=True).log()) * seen).sum()
             if not (hidden_learns or weight_learns):
                 continue
-            slope = slope.mul_(seen / total).scatter_add_(1, target, -seen.to(sums)).to(dtype)
+            slope = slope.mul_(seen).scatter_add_(1, target, -seen.to(sums)).to(dtype)
             if grad_hidden is not None:
-                grad_hidden[chunk] = slope @ cast_weight
+                grad_hidden[chunk] = product(slope, cast_weight.t())
             if grad_weight is not None:
-                grad_weight += slope.T @ hidden
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_weight += product(hidden.t(), slope.t())
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.t().to(weight.dtype))
         return loss
 
     @staticmethod

@@ -316,6 +316,7 @@ class FathomModel(FathomPreTrainedModel):
             adopt_cache(past_key_values, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
+        del inputs_embeds  # of a long text, nothing else holds them
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
         outputs: list[LayerOutput] = []
         for layer in islice(self.layers, self.config.num_hidden_layers):

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoder_layer import FathomDecoderLayer
-from .fused import project
 from .hyper_connections import StreamCollapse
 from .normalization import FathomRMSNorm
+from .products import project
 
 
 class SharedHead(nn.Module):

@@ -60,9 +60,15 @@ class FathomRotaryEmbedding(KeepsFloat32Buffers):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotates `x` [B, H, T, D] by `cos`, `sin` [B, T, D/2]; the layout of the last dimension is kept."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, T, D/2]
+def apply_rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, heads: int = 1
+) -> torch.Tensor:
+    """Rotates `x` [B, H, T, D] by `cos`, `sin` [B, T, D/2]; the layout of the last dimension is kept.
+
+    Args:
+        heads: the dimension of the heads; with 2 `x` is [B, T, H, D].
+    """
+    cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)  # [B, 1, T, D/2]
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     rotated = first * cos - second * sin, second * cos + first * sin
     return torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)

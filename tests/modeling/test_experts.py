@@ -104,10 +104,12 @@ def outputs_and_gradients(
 @pytest.mark.parametrize("unused", [False, True], ids=["all experts", "one expert without tokens"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shared", [0, 2])
-@pytest.mark.parametrize("grouped_rows", [0, 64], ids=["sorted", "grouped"])
-def test_implementations_agree(grouped_rows, shared, autocast, unused, monkeypatch):
+@pytest.mark.parametrize("kernel", ["function", "sorted", "grouped"])
+def test_implementations_agree(kernel, shared, autocast, unused, monkeypatch):
     """Outputs and gradients of the fast implementation are those of the readable loop."""
-    monkeypatch.setattr(experts_module, "GROUPED_ROWS", grouped_rows)
+    monkeypatch.setattr(experts_module, "GROUPED_ROWS", 64 if kernel == "grouped" else 0)
+    if kernel == "sorted":
+        monkeypatch.setattr(experts_module, "fits_functions", lambda: False)
     eager, fast = mixture("eager", n_shared_experts=shared), mixture("sorted_mm", n_shared_experts=shared)
     for module in (eager, fast):
         module.gate.e_score_correction_bias[3] = -100.0 if unused else 0.0
@@ -122,6 +124,29 @@ def test_implementations_agree(grouped_rows, shared, autocast, unused, monkeypat
         assert error < (0.02 if autocast else 1e-5), f"{name}: {error}"
         if unused and name.startswith("experts."):
             assert torch.equal(got[3], torch.zeros_like(got[3])), name
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2, 3], ids=["all learn", "tokens", "weights", "gate_up", "down"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_the_training_step_is_that_of_the_loop(limit, frozen, monkeypatch):
+    """In float64, so that every factor of the gradients is there; expert 7 gets nothing."""
+    monkeypatch.setattr(experts_module, "GROUPED_ROWS", 0)
+    eager, fast = (mixture(name, swiglu_limit=limit).double().experts for name in ("eager", "sorted_mm"))
+    calls, function = [], experts_module.SortedExperts.apply
+    monkeypatch.setattr(experts_module.SortedExperts, "apply", lambda *args: calls.append(args) or function(*args))
+    indices = torch.stack([torch.randperm(7)[:3] for _ in range(50)])
+    tokens, weights, direction = (torch.randn(50, n, dtype=torch.float64) for n in (64, 3, 64))
+    results = []
+    for module in (eager, fast):
+        learning = [tokens.clone(), weights.clone(), module.gate_up_proj, module.down_proj]
+        for number, each in enumerate(learning):
+            each.requires_grad_(number != frozen)
+        output = module(learning[0], indices, learning[1])
+        learning = [each for each in learning if each.requires_grad]
+        results.append([output, *torch.autograd.grad(output, learning, direction)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
