@@ -153,16 +153,16 @@ class MultiHeadAttention(FathomAttention):
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, D]
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
+        query = mapped(hidden_states, self.q_proj).view(heads).transpose(1, 2)  # [B, H, T, D]
+        key = mapped(hidden_states, self.k_proj).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
+        value = mapped(hidden_states, self.v_proj).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
         if position_embeddings is not None:
             query = apply_rotary(query, *position_embeddings, interleaved=self.rope_interleave)
             key = apply_rotary(key, *position_embeddings, interleaved=self.rope_interleave)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return MixerOutput(self.o_proj(output), weights)
+        return MixerOutput(mapped(output, self.o_proj), weights)
 
 
 class MultiHeadLatentAttention(FathomAttention):

@@ -41,7 +41,7 @@ from transformers.utils import logging
 from .attention import FathomAttention, MixerOutput
 from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
 from .compressor import CompressedSparseCompressor, Compressor
-from .fused import is_plain, kernels_for, project
+from .fused import is_plain, kernels_for
 from .indexing import (
     best_keys,
     best_of,
@@ -51,6 +51,7 @@ from .indexing import (
 )
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
+from .products import project
 from .rotary import FathomRotaryEmbedding, rotate_end
 from .sinks import eager_with_sinks, sdpa_with_sinks
 

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .compressed_cache import DOCUMENT, NOWHERE
-from .fused import project
 from .indexing import TrainableIndexer, head_weights, index_scores
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
+from .products import project
 from .rotary import rotate_end
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
-from .fused import is_plain, kernels_for, project, readable
+from .fused import is_plain, kernels_for, readable
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -41,6 +41,7 @@ from .indexing import (
     rows_at,
 )
 from .precision import Float32Linear
+from .products import project
 from .rotary import apply_rotary
 
 # Queries that are read at a time where a text is long.
