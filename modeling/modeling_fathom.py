@@ -56,6 +56,7 @@ from .int8 import is_quantized, quantize
 from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
 from .masks import causal_mask
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
+from .native_layer import forget
 from .normalization import FathomRMSNorm
 from .outputs import FathomCausalLMOutput, FathomModelOutput
 from .presets import UNSAID
@@ -163,6 +164,7 @@ class FathomPreTrainedModel(OfficialCheckpoints):
         Raises:
             ValueError: a weight is not in memory.
         """
+        forget(self)
         quantize(self)
         return self
 

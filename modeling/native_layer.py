@@ -390,6 +390,12 @@ def native_layer(layer: nn.Module) -> NativeLayer:
     return native
 
 
+def forget(model: nn.Module) -> None:
+    """Lets go of weights that are about to be replaced; else they stay until the next step."""
+    for module in model.modules():
+        _natives.pop(module, None)
+
+
 def _listens(hooks: dict) -> bool:
     """Whether any of a module's hooks does something: transformers leaves those that record outputs in place."""
     recording = bool(output_capturing._active_collector.get())

@@ -108,7 +108,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def mapped(x: torch.Tensor, linear_map: nn.Module) -> torch.Tensor:
     """`linear_map(x)`, [..., i] -> [..., o]."""
-    return linear(x, linear_map.weight) if linear_map.training and is_plain(linear_map) else linear_map(x)
+    # A weight cut over processes belongs to a module whose call does more.
+    if linear_map.training and is_plain(linear_map) and type(linear_map.weight) in PLAIN:
+        return linear(x, linear_map.weight)
+    return linear_map(x)
 
 
 def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:

@@ -1,6 +1,8 @@
 """Decoder layers by one native call against the same layers module by module, and when they are called that way."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -334,3 +336,18 @@ def test_an_operators_layer_may_be_any(calls):
     assert (after - before).abs().max() > 1e-4
     other = copy.deepcopy(network)
     assert torch.equal(compiled_steps(other), after)
+
+
+def test_replaced_weights_are_let_go():
+    """What is remembered of a layer keeps neither its old weights nor a deleted model."""
+    network = model("v3")
+    step(network)
+    weight = weakref.ref(network.model.layers[0].self_attn.o_proj.weight)
+    network.quantize_int8()
+    gc.collect()
+    assert weight() is None
+    step(network)
+    layer = weakref.ref(network.model.layers[0])
+    del network
+    gc.collect()
+    assert layer() is None
