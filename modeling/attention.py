@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention import causal_attention, serves
-from .fused import PLAIN, is_plain, kernels_for, readable
+from .fused import PLAIN, is_plain, kernels_for, kernels_of, readable
 from .memory import give_back_freed_memory
 from .normalization import FathomRMSNorm
 from .products import mapped, project
@@ -77,6 +77,9 @@ class FathomAttention(nn.Module):
         """
         if self.trains_causally(attention_mask, **kwargs) and serves(query, key, value):
             return causal_attention(query, key, value, self.scaling).flatten(2), None
+        output = self.read_text(query, key, value, attention_mask, **kwargs)
+        if output is not None:
+            return output.flatten(2), None
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = interface(
             self,
@@ -89,6 +92,30 @@ class FathomAttention(nn.Module):
             **kwargs,
         )
         return output.flatten(2), weights
+
+    def read_text(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        is_causal: bool | None = None,
+        **_,
+    ) -> torch.Tensor | None:
+        """Attention as `attend` by the native function, [B, T, H, D_v]; None where it cannot be called."""
+        if self.config._attn_implementation != "sdpa":
+            return None
+        # Without a mask all new tokens are all there are, and causal, or a single one sees everything.
+        if attention_mask is None and (query.shape[2] not in (1, key.shape[2]) or is_causal is False):
+            return None
+        visible = None if attention_mask is None else attention_mask[:, 0]
+        if not readable(visible):
+            return None
+        kernels = kernels_of(self.training, query)
+        each_fits = (type(each) in PLAIN and each.dtype is query.dtype and each.is_cpu for each in (query, key, value))
+        if kernels is None or not all(each_fits) or any(each.stride(-1) != 1 for each in (query, key, value)):
+            return None
+        return kernels.attend_text(query, key, value, visible, self.scaling)
 
     def trains_causally(self, attention_mask: torch.Tensor | None, is_causal: bool | None = None, **_) -> bool:
         """Whether this is training by SDPA without padding, packed documents or dropout."""

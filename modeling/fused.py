@@ -9,6 +9,7 @@ their own definition, which these functions are equal to:
     angles                    FathomRotaryEmbedding.forward
     attend_latents            MultiHeadLatentAttention.absorbed_attention
     attend_shared             eager_with_sinks
+    attend_text               eager_attention, of any number of tokens
     choose_keys               index_scores, then best_of
     route                     ExpertRouter.forward
     mix_channels              RoutedExperts.forward, FeedForward.forward
@@ -54,21 +55,28 @@ def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Te
         training: the module's mode. Gradient checkpointing runs layers without gradients first, to run them again with;
             both must be the same.
     """
-    if training or torch.compiler.is_compiling() or tokens > FEW_TOKENS or torch.is_grad_enabled() or not x.is_cpu:
+    if tokens > FEW_TOKENS:
         return None
-    dtype = x.dtype
-    kernels = _kernels.get(dtype)
+    kernels = kernels_of(training, x)
     if kernels is None:
-        functions = library(dtype)
-        if functions is None:
-            return None
-        kernels = _kernels[dtype] = Kernels(functions)
-    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return None
     for each in (x, *weights):
-        if type(each) not in PLAIN or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
+        if type(each) not in PLAIN or each.dtype is not x.dtype or not each.is_cpu or not each.is_contiguous():
             return None
     return kernels
+
+
+def kernels_of(training: bool, x: torch.Tensor) -> "Kernels | None":
+    """The same for tensors in the dtype of `x`, however many tokens; what they are is for the caller to check."""
+    if training or torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.is_cpu:
+        return None
+    kernels = _kernels.get(x.dtype)
+    if kernels is None:
+        functions = library(x.dtype)
+        if functions is None:
+            return None
+        kernels = _kernels[x.dtype] = Kernels(functions)
+    return None if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() else kernels
 
 
 def is_plain(linear: nn.Module, kind: type[nn.Linear] = nn.Linear) -> bool:
@@ -278,6 +286,29 @@ class Kernels:
             *(query.data_ptr(), keys.data_ptr(), keys.stride(0), width, keys.shape[1], *seen(visible)),
             *(batch, tokens, heads, scaling, sinks.data_ptr(), output.data_ptr(), torch.get_num_threads()),
         )
+        return output
+
+    def attend_text(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        visible: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention of a text: query [B, H, T, D], key [B, H_kv, S, D], value [B, H_kv, S, D_v] -> [B, T, H, D_v].
+
+        The numbers of a row stand side by side, rows anywhere.
+
+        Args:
+            visible: bool [B or 1, T, S], see `readable`; None: causal, and the last query stands at the last key.
+        """
+        batch, heads, tokens, width = query.shape
+        kv_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
+        output = query.new_empty(batch, tokens, heads, value_width)
+        rows = [number for each in (query, key, value) for number in (each.data_ptr(), *each.stride()[:3])]
+        sizes = batch, heads, heads // kv_heads, tokens, keys, width, value_width
+        self.functions.attend_text(*rows, *seen(visible), *sizes, scaling, output.data_ptr(), torch.get_num_threads())
         return output
 
     def choose_keys(

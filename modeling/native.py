@@ -51,6 +51,11 @@ _SIGNATURES: dict[str, tuple] = {
         *(_pointer, _pointer, _size, _size, _size, *_keys_seen),
         *(_size, _size, _size, _real, _pointer, _pointer, _size),
     ),
+    "attend_text": (
+        *(_pointer, _size, _size, _size) * 3,
+        *_keys_seen,
+        *(_size, _size, _size, _size, _size, _size, _size, _real, _pointer, _size),
+    ),
     "choose_keys": (
         *(_pointer, _pointer, _size, _pointer, _pointer, _size, *_keys_seen),
         *(_size, _size, _size, _size, _size, _size, _pointer, _pointer, _size),

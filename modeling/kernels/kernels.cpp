@@ -18,4 +18,5 @@
 #include "layers.h"
 #include "linear.h"
 #include "streams.h"
+#include "text.h"
 #include "vectors.h"

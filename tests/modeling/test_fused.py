@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fathom.modeling import decoder_layer, fused, native
-from fathom.modeling.attention import MultiHeadLatentAttention
+from fathom.modeling.attention import MultiHeadAttention, MultiHeadLatentAttention, masked_softmax
 from fathom.modeling.compressed_attention import GroupedLinear
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import HashRouter, RoutedExperts, TopKRouter
@@ -141,6 +141,54 @@ def test_attention_over_latents(dtype, keys, tokens, masked):
     used = torch.ones(2, tokens, 1, dtype=torch.bool) if mask is None else mask.any(-1).transpose(1, 2)
     assert_close(found * used, expected * used, dtype)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 197])
+@pytest.mark.parametrize("sizes", [(4, 4, 16, 16), (4, 2, 20, 12), (2, 1, 70, 33)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_of_a_text(dtype, tokens, sizes, masked):
+    """Of blocks of queries that are full and not, heads that share keys, rows that stand anywhere."""
+    heads, kv_heads, width, value_width = sizes
+    keys = tokens + 90 if masked else tokens
+
+    def rows(heads: int, tokens: int, width: int) -> torch.Tensor:
+        return torch.randn(2, tokens, heads, width + 3).to(dtype)[..., :width].transpose(1, 2)
+
+    query, key, value = rows(heads, tokens, width), rows(kv_heads, keys, width), rows(kv_heads, keys, value_width)
+    mask = visible_keys(2, tokens, keys) if masked else torch.ones(tokens, keys, dtype=torch.bool).tril()[None, None]
+    key_for_all, value_for_all = (each.repeat_interleave(heads // kv_heads, dim=1) for each in (key, value))
+    weights = masked_softmax(query.float() @ key_for_all.float().mT * 0.3, mask)
+    expected = ((weights @ value_for_all.float()) * mask.any(-1, keepdim=True)).transpose(1, 2)
+    with torch.no_grad():
+        found = fused.kernels_of(False, query).attend_text(query, key, value, mask[:, 0] if masked else None, 0.3)
+    assert_close(found, expected, dtype)
+
+
+@pytest.mark.parametrize("generation", ["classic", "v3", "v3.2"])
+def test_texts_are_read_natively(generation, monkeypatch):
+    """Padded and not, at once and in parts: the logits of PyTorch's own attention."""
+    config = FathomConfig.preset(generation, num_nextn_predict_layers=0, attn_implementation="sdpa", index_topk=300)
+    model, calls = FathomForCausalLM(config).eval(), []
+    ids, mask = torch.randint(5, 4000, (2, 220)), torch.ones(2, 220, dtype=torch.int64)
+    mask[1, :31] = 0
+    original = fused.Kernels.attend_text
+    monkeypatch.setattr(fused.Kernels, "attend_text", lambda *args: calls.append(1) or original(*args))
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            whole = model(ids[:1]).logits
+            first = model(ids[:, :130], attention_mask=mask[:, :130], use_cache=True)
+            rest = model(ids[:, 130:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+        padded = torch.cat((first.logits, rest.logits), dim=1) * mask[..., None]
+        return torch.cat((whole, padded))
+
+    found = logits()
+    assert len(calls) >= 2 * config.num_hidden_layers
+    calls.clear()
+    monkeypatch.setattr(MultiHeadLatentAttention, "read_text", lambda *_, **__: None)
+    monkeypatch.setattr(MultiHeadAttention, "read_text", lambda *_, **__: None)
+    torch.testing.assert_close(found, logits(), atol=5e-6, rtol=0)
+    assert not calls
 
 
 def test_attention_over_chosen_latents(dtype):

@@ -1,0 +1,97 @@
+// Keys in columns, for many queries to be multiplied by: no sum is taken across a vector.
+
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+// Numbers 2 i and 2 i + 1 of every four lanes of a and b that belong together, in turns.
+inline Words words_in_turns(Words a, Words b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+              : __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+
+inline Words pairs_in_turns(Words a, Words b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+              : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+
+// Two quarters of a and the same two of b: the first or the last, the even or the odd.
+inline Words halves_of(Words a, Words b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+              : __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+}
+
+inline Words quarters_of(Words a, Words b, bool odd) {
+  return odd ? __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+             : __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+
+// Puts LANES words of each of LANES rows into columns `stride` apart: word i of all rows into column i.
+inline void put_into_columns(const Number* const* rows, Words* columns, Size stride) {
+  Words quarters[4][4];  // [i][c]: of rows 4 i to 4 i + 3 word c of every four
+  for (Size i = 0; i < 4; ++i) {
+    const Words a = load<Words>(rows[4 * i]), b = load<Words>(rows[4 * i + 1]);
+    const Words c = load<Words>(rows[4 * i + 2]), d = load<Words>(rows[4 * i + 3]);
+    for (Size half = 0; half < 2; ++half) {
+      const Words ab = words_in_turns(a, b, half), cd = words_in_turns(c, d, half);
+      quarters[i][2 * half] = pairs_in_turns(ab, cd, false);
+      quarters[i][2 * half + 1] = pairs_in_turns(ab, cd, true);
+    }
+  }
+  for (Size c = 0; c < 4; ++c)
+    for (Size half = 0; half < 2; ++half) {
+      const Words upper = halves_of(quarters[0][c], quarters[1][c], half);
+      const Words lower = halves_of(quarters[2][c], quarters[3][c], half);
+      columns[(8 * half + c) * stride] = quarters_of(upper, lower, false);
+      columns[(8 * half + 4 + c) * stride] = quarters_of(upper, lower, true);
+    }
+}
+
+constexpr Size VECTORS = KEYS / LANES;  // of keys in a column
+
+// KEYS rows [KEYS, D], `stride` apart, in columns of words; rows behind `count` are as the last.
+void put_into_columns(const Number* keys, Size count, Size stride, Size width, Words* columns) {
+  Number padded[LANES][A_VECTOR];
+  const Number* rows[LANES];
+  Words rest[LANES];
+  for (Size v = 0; v < VECTORS; ++v)
+    for (Size first = 0; first < width; first += A_VECTOR) {
+      const Size some = std::min(A_VECTOR, width - first);
+      for (Size i = 0; i < LANES; ++i) {
+        rows[i] = keys + std::min(v * LANES + i, count - 1) * stride + first;
+        if (some == A_VECTOR) continue;
+        save(padded[i], load_some(rows[i], some));
+        rows[i] = padded[i];
+      }
+      Words* to = columns + first / A_WORD * VECTORS + v;
+      if (some == A_VECTOR) {
+        put_into_columns(rows, to, VECTORS);
+        continue;
+      }
+      put_into_columns(rows, rest, 1);
+      for (Size i = 0; i * A_WORD < some; ++i) to[i * VECTORS] = rest[i];
+    }
+}
+
+// The products of KEYS keys in columns and H queries, `stride` apart.
+template <Size H>
+inline void column_products(const Words* columns, const Number* queries, Size stride, Size width,
+                            Vector (&products)[H][VECTORS]) {
+  for (Size head = 0; head < H; ++head)
+    for (Size v = 0; v < VECTORS; ++v) products[head][v] = Vector{};
+  const auto add = [&](Size i, Size count) {
+    Words query[H];
+    for (Size head = 0; head < H; ++head) query[head] = spread(queries + head * stride + i, count);
+    for (Size v = 0; v < VECTORS; ++v) {
+      const Words column = columns[i / A_WORD * VECTORS + v];
+      for (Size head = 0; head < H; ++head) products[head][v] = add_products(products[head][v], column, query[head]);
+    }
+  };
+  Size i = 0;
+  for (; i + A_WORD <= width; i += A_WORD) add(i, A_WORD);
+  if (i < width) add(i, width - i);
+}
+
+}  // namespace
