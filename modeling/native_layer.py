@@ -10,6 +10,7 @@ The structures below are those of `kernels/layers.h`.
 
 import ctypes
 import math
+from contextlib import suppress
 from itertools import chain
 from weakref import WeakKeyDictionary
 
@@ -160,6 +161,8 @@ class _Unfit(Exception):
 class NativeLayer:
     """Where the numbers of a decoder layer stand, and whether they still do.
 
+    What is no tensor (a scale, a number of keys to choose) is read once: who changes one calls `forget`.
+
     Attributes:
         decodes: what native functions can do: "layer" (MLA and one residual stream), "compressed" (in two parts, see
             `native_compressed`), "channels" (the channel mixer and its connection) or None.
@@ -168,34 +171,40 @@ class NativeLayer:
 
     def __init__(self, layer: nn.Module):
         self.tensors: list[torch.Tensor] = []
-        self.dtype = layer.input_layernorm.weight.dtype
-        self.layer = _Layer(width=layer.input_layernorm.weight.shape[0])
+        self.layer = _Layer()
         self.decodes: str | None = None
-        try:
-            self.layer.channels = self.channel_mixer(layer.post_attention_layernorm, layer.mlp)
-            self.layer.connection = self.connection(layer.ffn_hc)
-            self.decodes = "channels"
-            self.layer.token_connection = self.connection(layer.attn_hc)
-            if isinstance(layer.self_attn, SlidingWindowAttention):
-                self.layer.compressed = self.compressed_attention(layer.input_layernorm, layer.self_attn)
-                self.layer.indexer = self.entry_indexer(layer.self_attn)
-                self.decodes = "compressed"
-            elif type(layer.attn_hc) is ResidualConnection and type(layer.ffn_hc) is ResidualConnection:
-                self.layer.attention = self.latent_attention(layer.input_layernorm, layer.self_attn)
-                self.layer.indexer = self.indexer(layer.self_attn)
-                self.decodes = "layer"
-        except _Unfit:
-            pass
+        self.dtype: torch.dtype | None = None
+        self.settings: dict = {}
+        # What stands in a module's place may have none of its attributes.
+        with suppress(_Unfit, AttributeError):
+            self.describe(layer)
         self.experts = self.layer.channels.experts
         self.address = ctypes.addressof(self.layer)
         self.pointers = [each.data_ptr() for each in self.tensors]
-        self.settings = vars(layer.self_attn.config)
         # Where submodules, parameters and buffers are looked up, and who listens to a call.
         self.stores = [store for each in layer.modules() for store in (each._modules, each._parameters, each._buffers)]
         self.held = [*chain.from_iterable(store.values() for store in self.stores)]
         self.ids = [id(each) for each in self.held]
         inner = [each for each in layer.modules() if each is not layer]
         self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+
+    def describe(self, layer: nn.Module) -> None:
+        """Fills the structure as far as the layer's modules allow, and says how far that is in `decodes`."""
+        self.dtype = layer.post_attention_layernorm.weight.dtype
+        self.settings = vars(layer.self_attn.config)
+        self.layer.width = layer.post_attention_layernorm.weight.shape[0]
+        self.layer.channels = self.channel_mixer(layer.post_attention_layernorm, layer.mlp)
+        self.layer.connection = self.connection(layer.ffn_hc)
+        self.decodes = "channels"
+        self.layer.token_connection = self.connection(layer.attn_hc)
+        if isinstance(layer.self_attn, SlidingWindowAttention):
+            self.layer.compressed = self.compressed_attention(layer.input_layernorm, layer.self_attn)
+            self.layer.indexer = self.entry_indexer(layer.self_attn)
+            self.decodes = "compressed"
+        elif type(layer.attn_hc) is ResidualConnection and type(layer.ffn_hc) is ResidualConnection:
+            self.layer.attention = self.latent_attention(layer.input_layernorm, layer.self_attn)
+            self.layer.indexer = self.indexer(layer.self_attn)
+            self.decodes = "layer"
 
     def fits(self) -> bool:
         """Whether the layer still has the same modules and tensors, in the same places."""

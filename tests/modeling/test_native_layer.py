@@ -199,6 +199,22 @@ def replace_module(layer):
     layer.self_attn.o_proj = Doubled(layer.self_attn.o_proj)
 
 
+class Wrapped(nn.Module):
+    """Has nothing of what it wraps."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args, **kwargs):
+        output = self.base(*args, **kwargs)
+        return output._replace(hidden_states=2 * output.hidden_states)
+
+
+def wrap_attention(layer):
+    layer.self_attn = Wrapped(layer.self_attn)
+
+
 def replace_parameter(layer):
     layer.self_attn.o_proj.weight = nn.Parameter(2 * layer.self_attn.o_proj.weight)
 
@@ -221,7 +237,7 @@ def add_bias(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [replace_module, replace_parameter, replace_data, change_in_place, add_hook, add_bias]
+    "change", [replace_module, wrap_attention, replace_parameter, replace_data, change_in_place, add_hook, add_bias]
 )
 def test_changes_between_steps_are_heard(change, calls, module_by_module):
     network = model("v3")
