@@ -109,14 +109,18 @@ class LightningIndexer(TrainableIndexer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         top_k: int,
+        text: bool = False,
     ) -> Chosen | None:
         """The `top_k` best visible keys of every query by the native function; None where it cannot be called.
 
         Args:
             attention_mask: [B or 1, 1, T, S], boolean, or None: every query sees every key. The others: see `scores`.
+            text: whether there may be any number of queries, not those of a step alone.
         """
         keys, visible = keys.squeeze(1), None if attention_mask is None else attention_mask[:, 0]
-        kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, self.weights_proj.weight)
+        tokens = 0 if text else hidden_states.shape[:2].numel()
+        hidden_states = hidden_states.contiguous()
+        kernels = kernels_for(self.training, tokens, hidden_states, self.weights_proj.weight)
         reads = readable(visible) and keys.stride()[1:] == (self.head_dim, 1)
         if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
             return None
@@ -171,8 +175,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             if output is not None:
                 return MixerOutput(project(output, self.o_proj)[0], None)
         if selects and not reports and self.parts_pay(query):
-            choice = partial(self.choice, hidden_states, q_latent, index_keys, position_embeddings)
-            output, weights = self.attend_in_parts(query, latents, attention_mask, choice, **kwargs)
+            given = hidden_states, q_latent, index_keys, position_embeddings
+            choice, read = partial(self.choice, *given), partial(self.read_part, query, latents, *given)
+            output, weights = self.attend_in_parts(query, latents, attention_mask, choice, read, **kwargs)
             return MixerOutput(self.o_proj(output), weights)
         if selects or reports:
             with torch.set_grad_enabled(learns):
@@ -232,15 +237,36 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         )
         return best_keys(scores.masked_fill_(~visible, float("-inf")), self.index_topk)
 
+    def read_part(
+        self,
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        hidden_states: torch.Tensor,
+        q_latent: torch.Tensor,
+        index_keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        part: slice,
+        visible: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Chooses and attends for a `part` of the queries by native functions, [B, t, H * D_v]; None without them."""
+        keys = index_keys[:, :, : visible.shape[-1]]
+        rotation = position_embeddings[0][:, part], position_embeddings[1][:, part]
+        mask = visible.unsqueeze(1)
+        some = hidden_states[:, part], q_latent[:, part]
+        chosen = self.indexer.choose(*some, keys, rotation, mask, self.index_topk, text=True)
+        if chosen is None:
+            return None
+        return self.fused_attention(query[:, :, part], latents, chosen.visible, chosen.indices, text=True)
+
     def attend_in_parts(
-        self, query, latents, attention_mask, choice, **kwargs
+        self, query, latents, attention_mask, choice, read, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Chooses and attends for some queries at a time, among the keys up to the last that they may see.
 
         So neither scores nor masks grow with the square of T. Returns [B, T, H * D_v] and None.
 
         Args:
-            choice: see there; for a part of the queries and the keys that they see.
+            choice, read: see `choice` and `read_part`; for a part of the queries and the keys that they see.
         """
         expanded = None
         outputs = []
@@ -250,6 +276,10 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             seen = visible.shape[-1]
             mask = visible.unsqueeze(1)
             if seen > self.index_topk:
+                output = read(part, visible) if self.reading_alone_pays(seen) else None
+                if output is not None:
+                    outputs.append(output)
+                    continue
                 indices, hidden = choice(part, visible)
                 if self.reading_alone_pays(seen):
                     outputs.append(self.read_chosen(query[:, :, part], latents, indices, hidden))

@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr Size SCORES = 1 << 22;  // that are kept at a time
+
 // scores += sum_j w_j relu(q_j k) for KEYS keys in columns of words and H queries [H, D] with their weights [H]. No sum
 // is taken across a vector, of which there would be one for every key and head.
 template <Size H>
@@ -82,6 +84,18 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
                  Size model_width, const uint8_t* seen, Size seen_batch, Size seen_query, Size batch, Size tokens,
                  Size heads, Size width, Size count, Size top_k, Size* out, uint8_t* out_seen, Size threads) {
   const Size blocks = (count + KEYS - 1) / KEYS;
+  // Of a text some queries at a time, for whose scores there is room.
+  const Size most = std::max<Size>(1, SCORES / (blocks * KEYS));
+  if (batch * tokens > most && tokens > 1) {
+    for (Size row = 0, some; row < batch * tokens; row += some) {
+      const Size b = row / tokens, token = row % tokens;
+      some = std::min(most, tokens - token);
+      choose_keys(queries + row * heads * width, cache + b * batch_stride, batch_stride, x + row * model_width, weight,
+                  model_width, seen ? seen + b * seen_batch + token * seen_query : nullptr, seen_batch, seen_query, 1,
+                  some, heads, width, count, top_k, out + row * top_k, out_seen + row * top_k, threads);
+    }
+    return;
+  }
   float* scores = kept<0>(batch * tokens * blocks * KEYS);
   std::vector<float> weights(batch * tokens * heads), tops(batch * tokens * blocks);
   const float scale = 1.0f / std::sqrt(static_cast<float>(heads * width));

@@ -478,3 +478,47 @@ def test_an_operator_of_the_same_name_is_another():
     schema = "(Tensor x) -> Tensor"
     one, other = (fused.new_operator("some-folder.with dots", "same", schema) for _ in range(2))
     assert one.name() != other.name()
+
+
+def test_chosen_keys_of_a_text_are_read_natively(monkeypatch):
+    config = FathomConfig.preset("v3.2", num_nextn_predict_layers=0, attn_implementation="sdpa", index_topk=16)
+    model, called = FathomForCausalLM(config).eval(), []
+    ids, mask = torch.randint(5, 4000, (2, 600)), torch.ones(2, 600, dtype=torch.int64)
+    mask[1, :31] = 0
+    original = DeepseekSparseAttention.read_part
+
+    def spy(*args):
+        called.append(original(*args))
+        return called[-1]
+
+    monkeypatch.setattr(DeepseekSparseAttention, "read_part", spy)
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask).logits
+        alone = model(ids[:1]).logits
+        assert len(called) >= 2 * config.num_hidden_layers
+        assert all(output is not None for output in called)
+        monkeypatch.setattr(DeepseekSparseAttention, "read_part", lambda *_: None)
+        expected = model(ids, attention_mask=mask).logits
+        expected_alone = model(ids[:1]).logits
+    torch.testing.assert_close(found * mask[..., None], expected * mask[..., None], atol=5e-6, rtol=0)
+    torch.testing.assert_close(alone, expected_alone, atol=5e-6, rtol=0)
+
+
+def test_choice_of_more_queries_than_there_is_room_for(dtype):
+    """All at once and a few at a time, with keys that they do not see."""
+    batch, tokens, keys, heads, width, top_k = 2, 300, 9000, 2, 8, 7
+    query, index_keys = torch.randn(batch, tokens, heads, width).to(dtype), torch.randn(batch, keys, width).to(dtype)
+    x, weight = torch.randn(batch, tokens, 16).to(dtype), torch.randn(heads, 16).to(dtype)
+    visible = torch.rand(batch, tokens, keys) < 0.5
+    with torch.no_grad():
+        kernels = fused.kernels_of(False, query)
+        chosen, sees = kernels.choose_keys(query, index_keys, x, weight, visible, top_k)
+        for start in range(0, tokens, 60):
+            part = slice(start, start + 60)
+            some = kernels.choose_keys(
+                query[:, part], index_keys, x[:, part].contiguous(), weight, visible[:, part], top_k
+            )
+            assert torch.equal(some[0], chosen[:, part])
+            assert torch.equal(some[1], sees[:, part])
+    assert visible.gather(2, chosen).all()
+    assert sees.all()
