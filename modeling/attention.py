@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention import causal_attention, serves
-from .fused import PLAIN, is_plain, kernels_for, kernels_of, readable
+from .fused import PLAIN, is_plain, kernels_for, kernels_of, one_for_all_heads, readable
 from .memory import give_back_freed_memory
 from .normalization import FathomRMSNorm
 from .products import mapped, project
@@ -108,8 +108,10 @@ class FathomAttention(nn.Module):
         # Without a mask all new tokens are all there are, and causal, or a single one sees everything.
         if attention_mask is None and (query.shape[2] not in (1, key.shape[2]) or is_causal is False):
             return None
-        visible = None if attention_mask is None else attention_mask[:, 0]
-        if not readable(visible):
+        visible = one_for_all_heads(attention_mask)
+        if attention_mask is not None and visible is None:
+            return None
+        if not readable(visible, len(query), query.shape[2], key.shape[2]):
             return None
         kernels = kernels_of(self.training, query)
         each_fits = (type(each) in PLAIN and each.dtype is query.dtype and each.is_cpu for each in (query, key, value))
@@ -436,7 +438,10 @@ class MultiHeadLatentAttention(FathomAttention):
         """
         query, cache = query.transpose(1, 2).contiguous(), latents.squeeze(1)
         kernels = kernels_for(self.training, 0 if text else query.shape[:2].numel(), query, self.kv_b_proj.weight)
-        if kernels is None or not readable(visible) or cache.stride()[1:] != (cache.shape[2], 1):
+        read = cache.shape[1] if chosen is None else chosen.shape[2]
+        if kernels is None or not readable(visible, query.shape[0], query.shape[1], read):
+            return None
+        if cache.stride()[1:] != (cache.shape[2], 1):
             return None
         sizes = self.scaling, self.kv_lora_rank, self.qk_nope_head_dim
         return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, visible, chosen)

@@ -130,9 +130,22 @@ def _project_in_graph(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     return linear(x)
 
 
-def readable(mask: torch.Tensor | None) -> bool:
-    """Whether the native functions can read a mask [B or 1, T, S]: it is boolean, and its keys stand side by side."""
-    return mask is None or (mask.dtype is torch.bool and type(mask) is torch.Tensor and mask.stride(-1) == 1)
+def readable(mask: torch.Tensor | None, batch: int, tokens: int, keys: int) -> bool:
+    """Whether the native functions can read a mask as [B or 1, T, S]: boolean, of that size, keys side by side.
+
+    There may be more keys than are looked at, as in a static cache.
+    """
+    if mask is None:
+        return True
+    fits = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] == tokens and mask.shape[2] >= keys
+    return fits and mask.dtype is torch.bool and type(mask) is torch.Tensor and mask.stride(-1) == 1
+
+
+def one_for_all_heads(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask [B or 1, 1, T, S] without the dimension of the heads; None where there is none, or one for each."""
+    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
+        return None
+    return attention_mask[:, 0]
 
 
 def seen(mask: torch.Tensor | None) -> tuple[int | None, int, int]:

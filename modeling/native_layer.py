@@ -30,7 +30,7 @@ from .compressed_attention import (
 )
 from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedExperts, TopKRouter
 from .feed_forward import DenseChannelMixer, FeedForward
-from .fused import PLAIN, SILU, kernels_for, readable, seen
+from .fused import PLAIN, SILU, kernels_for, one_for_all_heads, readable, seen
 from .hyper_connections import HyperConnection
 from .int8 import Int8Experts, Int8GroupedLinear, Int8Linear
 from .normalization import FathomRMSNorm
@@ -435,11 +435,13 @@ def decode_layer(
     if kernels is None:
         return None
     native = native_layer(layer)
-    visible = None if attention_mask is None else attention_mask[:, 0]
-    if native.decodes != "layer" or native.dtype is not hidden_states.dtype:
+    if native.decodes != "layer" or native.dtype is not hidden_states.dtype or not native.is_free():
         return None
-    if not readable(visible) or not native.is_free():
-        return None
+    visible = one_for_all_heads(attention_mask)
+    if attention_mask is not None:
+        keys = int(past_key_values.layer(layer.self_attn.layer_idx).get_seq_length()) + tokens
+        if visible is None or not readable(visible, len(hidden_states), tokens, keys):
+            return None
     cache = _room(past_key_values.layer(layer.self_attn.layer_idx), tokens, hidden_states.dtype)
     if cache is None:
         return None

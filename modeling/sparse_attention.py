@@ -121,7 +121,8 @@ class LightningIndexer(TrainableIndexer):
         tokens = 0 if text else hidden_states.shape[:2].numel()
         hidden_states = hidden_states.contiguous()
         kernels = kernels_for(self.training, tokens, hidden_states, self.weights_proj.weight)
-        reads = readable(visible) and keys.stride()[1:] == (self.head_dim, 1)
+        batch, queries, _ = hidden_states.shape
+        reads = readable(visible, batch, queries, keys.shape[1]) and keys.stride()[1:] == (self.head_dim, 1)
         if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
