@@ -55,7 +55,8 @@ def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Te
         training: the module's mode. Gradient checkpointing runs layers without gradients first, to run them again with;
             both must be the same.
     """
-    if tokens > FEW_TOKENS:
+    # In a graph the number of tokens may not be asked for.
+    if torch.compiler.is_compiling() or tokens > FEW_TOKENS:
         return None
     kernels = kernels_of(training, x)
     if kernels is None:

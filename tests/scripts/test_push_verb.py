@@ -85,11 +85,15 @@ def files(hub, repo: str) -> dict:
 def assert_same_model(checkpoint: Path, seen: Path) -> None:
     import torch
 
+    from fathom.modeling import fused
     from fathom.training.checkpoints import load_model, load_tokenizer
 
     here, there = load_model(str(checkpoint)), torch.load(seen, weights_only=True)
     tokenizer = load_tokenizer(str(checkpoint))
-    with torch.no_grad():
+    # In the model's folder there are no native functions, which differ in the last bit.
+    with torch.no_grad(), pytest.MonkeyPatch.context() as without:
+        without.setattr(fused, "_kernels", {})
+        without.setattr(fused, "library", lambda dtype: None)
         torch.testing.assert_close(here(torch.arange(24).view(2, 12)).logits, there["logits"], rtol=0, atol=0)
     chat = [{"role": "user", "content": "fox?"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
