@@ -44,6 +44,7 @@ def decode_compressed(
     if not isinstance(cache, CompressedCacheLayer) or not cache.tokens:
         return None
 
+    places = places.contiguous()
     rotation = mixer.rotation(hidden_states, places, rotations)
     step, _kept = step_of(hidden_states, rotation, None, token_mask, input_ids)
     sizes, new = native.layer.compressed, hidden_states.new_empty
@@ -68,7 +69,7 @@ def decode_compressed(
     kernels.functions.end_compressed(
         *pointers,
         ctypes.byref(memory),
-        places.contiguous().data_ptr(),
+        places.data_ptr(),
         hidden_states.data_ptr(),
         ctypes.byref(between),
         output.data_ptr(),

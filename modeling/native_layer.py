@@ -427,6 +427,8 @@ def decode_layer(
     """
     if position_embeddings is None or not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
         return None
+    if not isinstance(layer.self_attn, MultiHeadLatentAttention):
+        return None
     tokens = hidden_states.shape[1]
     # Without a mask several queries are causal, which native functions do not know.
     if attention_mask is None and tokens > 1:

@@ -277,12 +277,13 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             seen = visible.shape[-1]
             mask = visible.unsqueeze(1)
             if seen > self.index_topk:
-                output = read(part, visible) if self.reading_alone_pays(seen) else None
+                alone = self.reading_alone_pays(seen)
+                output = read(part, visible) if alone else None
                 if output is not None:
                     outputs.append(output)
                     continue
                 indices, hidden = choice(part, visible)
-                if self.reading_alone_pays(seen):
+                if alone:
                     outputs.append(self.read_chosen(query[:, :, part], latents, indices, hidden))
                     continue
                 added = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
