@@ -27,6 +27,26 @@ struct Partial {
   float* values = nullptr;
 };
 
+// Turns scores into shares, and shrinks what was seen before if a larger score has come.
+inline void share(float* scores, Size count, Partial& partial, Size value_width, Number* shares) {
+  float top = partial.largest, total = 0;
+#pragma omp simd reduction(max : top)
+  for (Size key = 0; key < count; ++key) top = std::max(top, scores[key]);
+  if (top > partial.largest) {
+    const float shrunk = exponential(partial.largest - top);  // about 0 where there was none: so are the sums
+    partial.weights *= shrunk;
+    for (Size i = 0; i < value_width; ++i) partial.values[i] *= shrunk;
+    partial.largest = top;
+  }
+#pragma omp simd reduction(+ : total)
+  for (Size key = 0; key < count; ++key) {
+    scores[key] = scores[key] == HIDDEN ? 0.0f : exponential(scores[key] - top);
+    total += scores[key];
+  }
+  partial.weights += total;
+  narrow(scores, shares, count);
+}
+
 // Lets queries `from` to `to` of the T H of sequence `b` see keys `first` to `last`.
 void see_keys(const Keys& keys, Size b, Size first, Size last, const Number* queries, Size from, Size to, Size tokens,
               Size heads, float scale, Partial* partials) {
@@ -51,27 +71,12 @@ void see_keys(const Keys& keys, Size b, Size first, Size last, const Number* que
              });
     for (Size query = from; query < to; ++query) {
       Partial& partial = partials[query];
-      float *score = &scores[(query - from) * KEYS], top = partial.largest;
+      float* score = &scores[(query - from) * KEYS];
       if (keys.seen) {
         const uint8_t* seen = keys.seen + b * keys.seen_batch + query / heads * keys.seen_query + start;
         for (Size key = 0; key < count; ++key) score[key] = seen[key] ? score[key] : HIDDEN;
       }
-#pragma omp simd reduction(max : top)
-      for (Size key = 0; key < count; ++key) top = std::max(top, score[key]);
-      if (top > partial.largest) {
-        const float shrunk = exponential(partial.largest - top);  // about 0 where there was none: so are the sums
-        partial.weights *= shrunk;
-        for (Size i = 0; i < keys.value_width; ++i) partial.values[i] *= shrunk;
-        partial.largest = top;
-      }
-      float total = 0;
-#pragma omp simd reduction(+ : total)
-      for (Size key = 0; key < count; ++key) {
-        score[key] = score[key] == HIDDEN ? 0.0f : exponential(score[key] - top);
-        total += score[key];
-      }
-      partial.weights += total;
-      narrow(score, &weights[(query - from) * KEYS], count);
+      share(score, count, partial, keys.value_width, &weights[(query - from) * KEYS]);
     }
     add_weighted(rows, count, weights.data(), KEYS, several, keys.value_width, partials[from].values);
   }

@@ -6,28 +6,6 @@
 
 namespace {
 
-// Numbers 2 i and 2 i + 1 of every four lanes of a and b that belong together, in turns.
-inline Words words_in_turns(Words a, Words b, bool last) {
-  return last ? __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-              : __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-}
-
-inline Words pairs_in_turns(Words a, Words b, bool last) {
-  return last ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-              : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-}
-
-// Two quarters of a and the same two of b: the first or the last, the even or the odd.
-inline Words halves_of(Words a, Words b, bool last) {
-  return last ? __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-              : __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-}
-
-inline Words quarters_of(Words a, Words b, bool odd) {
-  return odd ? __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
-             : __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-}
-
 // Puts LANES words of each of LANES rows into columns `stride` apart: word i of all rows into column i.
 inline void put_into_columns(const Number* const* rows, Words* columns, Size stride) {
   Words quarters[4][4];  // [i][c]: of rows 4 i to 4 i + 3 word c of every four

@@ -124,8 +124,7 @@ void mix_channels(const Number* x, Size tokens, Size width, const Size* indices,
         const float weight = routed ? weights[slots[network->first + slot]] : 1.0f;
         float* mixed = &gates[slot * ROWS];
         for (Size i = 0; i < last - first; ++i) {
-          const float gate = std::min(mixed[i], bound), up = std::clamp(ups[slot * ROWS + i], -bound, bound);
-          mixed[i] = gate * sigmoid(gate) * up * weight;
+          mixed[i] = gated(mixed[i], ups[slot * ROWS + i], bound) * weight;
         }
         narrow(mixed, &inners[network->activations + slot * network->inner + first], last - first);
       }

@@ -177,8 +177,7 @@ void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, con
                into(gates));
       multiply(gate_up + up * width, gate_up_scales + up, first, last, vectors, token, token + 1, width, into(ups));
       for (Size i = 0; i < last - first; ++i) {
-        const float g = std::min(gates[i], bound), u = std::clamp(ups[i], -bound, bound);
-        inners[slot * inner + first + i] = g * sigmoid(g) * u * weights[slot];
+        inners[slot * inner + first + i] = gated(gates[i], ups[i], bound) * weights[slot];
       }
     }
 #pragma omp for schedule(static)

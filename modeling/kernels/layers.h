@@ -185,8 +185,7 @@ void add(const Number* x, const Numbers& y, Number* out) {
 void activate(Number* gates, const Number* ups, Size count, double limit) {
   const float bound = static_cast<float>(limit);
   for (Size i = 0; i < count; ++i) {
-    const float gate = std::min(widened(gates[i]), bound), up = std::clamp(widened(ups[i]), -bound, bound);
-    store(gates + i, gate * sigmoid(gate) * up);
+    store(gates + i, gated(widened(gates[i]), widened(ups[i]), bound));
   }
 }
 

@@ -17,9 +17,10 @@ struct Rows {
 
 // What a block of queries has seen of its keys so far.
 struct Block {
-  float scores[QUERIES][KEYS], largest[QUERIES], weights[QUERIES];
+  float scores[QUERIES][KEYS];
   Number shares[QUERIES][KEYS];
   std::vector<float> values;  // [QUERIES, D_v]
+  Partial partials[QUERIES];
 };
 
 // scores = scale q k for `some` queries and KEYS keys in columns.
@@ -40,27 +41,6 @@ inline void score(const Words* columns, const Number* queries, Size stride, Size
     column_products<1>(columns, queries + query * stride, stride, width, products);
     take(products, 1);
   }
-}
-
-// Turns a query's scores into shares, and shrinks what it has if a larger score has come.
-inline void share(Block& block, Size query, Size value_width) {
-  float* scores = block.scores[query];
-  float top = block.largest[query], total = 0;
-#pragma omp simd reduction(max : top)
-  for (Size key = 0; key < KEYS; ++key) top = std::max(top, scores[key]);
-  if (top > block.largest[query]) {
-    const float shrunk = exponential(block.largest[query] - top);  // about 0 where there was none: so are the sums
-    block.weights[query] *= shrunk;
-    for (Size i = 0; i < value_width; ++i) block.values[query * value_width + i] *= shrunk;
-    block.largest[query] = top;
-  }
-#pragma omp simd reduction(+ : total)
-  for (Size key = 0; key < KEYS; ++key) {
-    scores[key] = scores[key] == HIDDEN ? 0.0f : exponential(scores[key] - top);
-    total += scores[key];
-  }
-  block.weights[query] += total;
-  narrow(scores, block.shares[query], KEYS);
 }
 
 }  // namespace
@@ -87,9 +67,9 @@ void attend_text(const Number* queries, Size query_batch, Size query_head, Size 
       // The last queries have the most keys, and come first.
       const Size b = task % batch, h = task / batch % heads, first = (blocks - 1 - task / (batch * heads)) * QUERIES;
       const Size some = std::min(QUERIES, tokens - first), end = seen ? count : before + first + some;
-      std::fill_n(block.largest, QUERIES, HIDDEN);
-      std::fill_n(block.weights, QUERIES, 0.0f);
       std::fill(block.values.begin(), block.values.end(), 0.0f);
+      for (Size query = 0; query < QUERIES; ++query)
+        block.partials[query] = {HIDDEN, 0.0f, &block.values[query * value_width]};
       for (Size start = 0; start < end; start += KEYS) {
         const Size there = std::min(KEYS, end - start);
         const auto sees = [&](Size query) { return seen + b * seen_batch + (first + query) * seen_query + start; };
@@ -103,15 +83,16 @@ void attend_text(const Number* queries, Size query_batch, Size query_head, Size 
           const Size visible = seen ? there : std::clamp<Size>(before + first + query + 1 - start, 0, there);
           std::fill(scores + visible, scores + KEYS, HIDDEN);
           for (Size key = 0; key < there && seen; ++key) scores[key] = sees(query)[key] ? scores[key] : HIDDEN;
-          share(block, query, value_width);
+          share(scores, KEYS, block.partials[query], value_width, block.shares[query]);
         }
         add_weighted(SideBySide{v.at(b, h / groups, start), v.token}, there, block.shares[0], KEYS, some, value_width,
                      block.values.data());
       }
       for (Size query = 0; query < some; ++query) {
-        float* row = &block.values[query * value_width];
+        const Partial& partial = block.partials[query];
+        float* row = partial.values;
         // A query that sees nothing, in padding, gets 0.
-        const float factor = block.weights[query] > 0 ? 1.0f / block.weights[query] : 0.0f;
+        const float factor = partial.weights > 0 ? 1.0f / partial.weights : 0.0f;
         for (Size i = 0; i < value_width; ++i) row[i] *= factor;
         narrow(row, out + ((b * tokens + first + query) * heads + h) * value_width, value_width);
       }

@@ -126,21 +126,36 @@ inline Vector add_products(Vector sums, Words a, Words b, bf16) {
 
 inline Vector add_products(Vector sums, Words a, Words b) { return add_products(sums, a, b, Number{}); }
 
-// a and b, two of their numbers in every four lanes that belong together: what is left after a step of `sums_of`.
-inline Vector halved(Vector a, Vector b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-         __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+// Numbers 2 i and 2 i + 1 of every four lanes of a and b that belong together, in turns.
+template <class V>
+inline V words_in_turns(V a, V b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+              : __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 }
 
-inline Vector quartered(Vector a, Vector b) {
-  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+template <class V>
+inline V pairs_in_turns(V a, V b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+              : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
 }
 
-inline Vector lanes_joined(Vector a, Vector b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+// Two quarters of a and the same two of b: the first or the last, the even or the odd.
+template <class V>
+inline V halves_of(V a, V b, bool last) {
+  return last ? __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+              : __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
 }
+
+template <class V>
+inline V quarters_of(V a, V b, bool odd) {
+  return odd ? __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+             : __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+
+// Steps of `sums_of`: a and b, what is to be added of each halved.
+inline Vector halved(Vector a, Vector b) { return words_in_turns(a, b, false) + words_in_turns(a, b, true); }
+inline Vector quartered(Vector a, Vector b) { return pairs_in_turns(a, b, false) + pairs_in_turns(a, b, true); }
+inline Vector lanes_joined(Vector a, Vector b) { return quarters_of(a, b, false) + quarters_of(a, b, true); }
 
 // The sums of 16 vectors, each over its lanes, in one vector: four steps, each of which halves what is to be added.
 inline Vector sums_of(const Vector (&each)[LANES]) {
@@ -301,6 +316,12 @@ inline float exponential(float x) {
 inline float sigmoid(float x) {
   const float small = exponential(-std::fabs(x));
   return (x >= 0 ? 1.0f : small) / (1.0f + small);
+}
+
+// silu(gate) up, both clamped to `bound`.
+inline float gated(float gate, float up, float bound) {
+  gate = std::min(gate, bound);
+  return gate * sigmoid(gate) * std::clamp(up, -bound, bound);
 }
 
 float inverse_rms(const float* x, Size width, float eps) {
