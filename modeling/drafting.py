@@ -12,6 +12,9 @@ columns that are padding in every row are cropped.
 The first steps do without drafts, to know what plain decoding costs here. Where steps with drafts take longer per
 token, there are no more of them. So with sampling a seed may give another text where a machine is busier.
 
+What is counted is counted by Python: where texts end, which rows go on, which tokens are kept. A step of a small model
+takes less time than the tensor operations that this would be.
+
 MTP layers have caches of their own. At depth k a token's entry needs the token k ahead, which for the last K - 1
 tokens is a draft: these are read again in the next step.
 
@@ -20,19 +23,21 @@ Shapes: B batch, T tokens read at once, K depths, V vocabulary, C columns of the
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache import FathomDynamicCache, cache_layer
 from .fused import project
 
-PLAIN_STEPS = 3  # whose median is the cost of plain decoding
+PLAIN_STEPS = 5  # whose median is the cost of plain decoding; the first may be slow
 DRAFT_STEPS = 16  # that are looked back on to compare with it
+FIRST_STEPS = 2  # with drafts, that may be slow and are not looked back on
 
 
 @dataclass
@@ -74,29 +79,45 @@ class DraftCache(FathomDynamicCache):
 
 
 class Columns:
-    """A cache, and which of its columns hold tokens of which row."""
+    """A cache, and which of its columns hold tokens of which row.
 
-    def __init__(self, cache: Cache, real: torch.Tensor):
+    Args:
+        real: bool [B, columns], or None where nothing is padding.
+    """
+
+    def __init__(self, cache: Cache, real: torch.Tensor | None):
         self.cache = cache
-        self.real = real  # bool [B, columns]
+        self.count = int(cache.get_seq_length())
+        self.real = real
         cache.activate_past_recording()
 
-    def extend(self, real: torch.Tensor) -> torch.Tensor | None:
-        """Says which of the next tokens [B, T] are real, and returns the attention mask; None if nothing is padding."""
-        self.real = torch.cat((self.real, real), dim=1)
-        return None if self.real.all() else self.real.long()
+    def extend(self, tokens: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+        """Adds tokens [B, T], of which some are `real` (None: all), and returns the attention mask (None: all)."""
+        if real is not None or self.real is not None:
+            before = all_real(tokens, self.count) if self.real is None else self.real
+            self.real = torch.cat((before, all_real(tokens, tokens.shape[1]) if real is None else real), dim=1)
+        self.count += tokens.shape[1]
+        return None if self.real is None else self.real.long()
 
-    def forget(self, refused: torch.Tensor) -> None:
-        """Turns those of the newest tokens into padding that `refused` says, bool [B, T]."""
-        if not refused.any():
-            return
-        everywhere = refused.all(dim=0).tolist()
-        trailing = sum(1 for _ in takewhile(bool, reversed(everywhere)))
-        self.real[:, self.real.shape[1] - refused.shape[1] :] &= ~refused
-        self.real = self.real[:, : self.real.shape[1] - trailing]
-        for layer in self.cache.layers:
-            layer.hide(refused)
+    def forget(self, refused: list[list[bool]], tokens: torch.Tensor) -> None:
+        """Turns those of the newest tokens into padding that `refused` says, [B][T]; `tokens` are any of the rows."""
+        columns = list(zip(*refused, strict=True))
+        trailing = sum(1 for _ in takewhile(all, reversed(columns)))
+        if any(any(column) for column in columns[: len(columns) - trailing]):
+            hidden = torch.tensor(columns, device=tokens.device).T
+            self.real = all_real(tokens, self.count) if self.real is None else self.real
+            self.real[:, self.count - len(columns) :] &= ~hidden
+            # Before the crop: what it forgets of old tokens depends on which new ones count.
+            for layer in self.cache.layers:
+                layer.hide(hidden)
+        self.count -= trailing
+        self.real = None if self.real is None else self.real[:, : self.count]
         self.cache.crop(-trailing)
+
+
+def all_real(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """For the rows of `tokens`: bool [B, count], no padding."""
+    return tokens.new_ones(len(tokens), count, dtype=torch.bool)
 
 
 class MainOutput(NamedTuple):
@@ -105,7 +126,47 @@ class MainOutput(NamedTuple):
     states: torch.Tensor  # [B, T, ...], the main model's `final_states`
     columns: torch.Tensor  # [B, T], where the tokens stand in the texts
     positions: torch.Tensor  # [B, T]
-    real: torch.Tensor  # bool [B, T]
+    real: torch.Tensor | None  # bool [B, T]; None: all
+
+    def at(self, rows, columns) -> "MainOutput":
+        """The same of some tokens."""
+        return MainOutput(*(None if each is None else each[rows, columns] for each in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def joined(parts: "list[MainOutput]") -> "MainOutput":
+        if len(parts) == 1:
+            return parts[0]
+        states, columns, positions = (
+            torch.cat(each, dim=1) for each in zip(*(part[:3] for part in parts), strict=True)
+        )
+        if all(part.real is None for part in parts):
+            return MainOutput(states, columns, positions, None)
+        real = [all_real(part.columns, part.columns.shape[1]) if part.real is None else part.real for part in parts]
+        return MainOutput(states, columns, positions, torch.cat(real, dim=1))
+
+
+class Stops:
+    """When a text ends. The lengths and tokens that end one are looked up, as tensors would cost more than a draft."""
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.lengths = [each for each in criteria if type(each) is MaxLengthCriteria]
+        self.tokens = {
+            token
+            for each in criteria
+            if type(each) is EosTokenCriteria
+            for token in each.eos_token_id.flatten().tolist()
+        }
+        known = (MaxLengthCriteria, EosTokenCriteria)
+        self.others = StoppingCriteriaList(each for each in criteria if type(each) not in known)
+
+    def __call__(self, text: torch.Tensor, token: int) -> bool:
+        """Whether a text [1, T] ends with its last token."""
+        length = text.shape[1]
+        for each in self.lengths:
+            if each.max_position_embeddings is not None and length > each.max_position_embeddings:
+                each(text, None)  # it warns
+        ends = token in self.tokens or any(length >= each.max_length for each in self.lengths)
+        return ends or (bool(self.others) and bool(self.others(text, None).item()))
 
 
 class DraftDecoder:
@@ -132,7 +193,7 @@ class DraftDecoder:
     ):
         self.model = model
         self.process = logits_processor
-        self.stops = stopping_criteria
+        self.stops = Stops(stopping_criteria)
         self.samples = generation_config.do_sample
         self.depths = model.config.num_nextn_predict_layers
         self.drafting = True
@@ -143,8 +204,8 @@ class DraftDecoder:
         pad = generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
         self.texts = torch.cat((input_ids, input_ids.new_full((batch, room), self.pad)), dim=1)
-        self.lengths = torch.full((batch,), input_ids.shape[1], device=device)
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.lengths = [input_ids.shape[1]] * batch
+        self.alive = [True] * batch
         self.draft_probabilities: list[torch.Tensor] = []
 
         past = int(past_key_values.get_seq_length())
@@ -153,12 +214,11 @@ class DraftDecoder:
         self.prompt_columns = torch.arange(length, device=device).expand(batch, -1) + (input_ids.shape[1] - length)
         self.prompt_positions = position_ids[:, past:].expand(batch, -1)
         # From now on rows advance together in columns and positions.
-        self.offset = self.prompt_positions[:, -1] - self.prompt_columns[:, -1]
-        real = torch.ones(batch, past + length, dtype=torch.bool, device=device)
-        real = real if attention_mask is None else attention_mask.bool()
-        self.prompt_real = real[:, past:]
-        self.main = Columns(past_key_values, real[:, :past])
-        self.drafts = Columns(DraftCache(model.config), real[:, :0])
+        self.offset = (self.prompt_positions - self.prompt_columns)[:, -1:]
+        real = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
+        self.prompt_real = None if real is None else real[:, past:]
+        self.main = Columns(past_key_values, None if real is None else real[:, :past])
+        self.drafts = Columns(DraftCache(model.config), None)
         # What the MTP layers have not read yet: with several depths also what they read again, at the beginning.
         self.unread: list[MainOutput] = []
         self.figures = {"forwards": 0, "drafted_tokens": 0, "accepted_tokens": 0}
@@ -168,54 +228,63 @@ class DraftDecoder:
 
     def run(self, streamer=None) -> DraftDecodingOutput:
         self.read_prompt(streamer)
-        while self.alive.any():
+        while any(self.alive):
             self.step(streamer)
         if streamer is not None:
             streamer.end()
-        alone = len(self.texts) == 1
-        texts = self.texts[:, : int(self.lengths.max())]
-        drafts = torch.arange(texts.shape[1], device=texts.device) >= self.lengths[:, None]
+        texts = self.texts[:, : max(self.lengths)].clone()
+        for row, length in enumerate(self.lengths):
+            texts[row, length:] = self.pad
         return DraftDecodingOutput(
-            sequences=texts.masked_fill(drafts, self.pad),
-            past_key_values=self.main.cache if alone else None,  # type: ignore[arg-type]
+            sequences=texts,
+            past_key_values=self.main.cache if len(texts) == 1 else None,  # type: ignore[arg-type]
             **self.figures,
         )
 
     def read_prompt(self, streamer) -> None:
         """Reads the prompt, and chooses the first token."""
-        states, logits = self.read(self.prompt_columns, self.prompt_positions, self.prompt_real, self.prompt_embeds, 1)
-        tokens, _ = self.choose(self.scores(logits))
-        self.accept(tokens, torch.zeros_like(self.lengths), streamer)
+        columns = self.prompt_columns
+        # Of a prompt given by embeddings, only hash layers want the ids too, if there are any.
+        embeds, first = self.prompt_embeds, int(columns[0, 0])
+        wanted = embeds is None or (self.model.model.routes_by_id and first >= 0)
+        ids = self.texts.gather(1, columns) if wanted else None
+        prompt, logits = self.read(ids, columns, self.prompt_positions, self.prompt_real, 1, embeds)
+        tokens, _ = self.choose(self.scores(logits), columns[:, :0])
+        self.accept(tokens, [0] * len(tokens), streamer)
         # Of a prompt given by embeddings only the last token's successor is known.
-        known = self.prompt_columns[0] >= -1
-        whole = (states, self.prompt_columns, self.prompt_positions, self.prompt_real)
-        prompt = MainOutput(*(each[:, known] for each in whole))
+        prompt = prompt.at(slice(None), slice(max(-1 - first, 0), None))
         if self.depths > 1:
             # The MTP layers read the last tokens again: before the first there are none.
-            first = MainOutput(*(each[:, :1].repeat_interleave(self.depths - 1, dim=1) for each in prompt))
-            self.unread = [first._replace(real=torch.zeros_like(first.real))]
-        self.draft(prompt, torch.full_like(self.lengths, prompt.columns.shape[1] - 1))
+            none = prompt.at(slice(None), [0] * (self.depths - 1))
+            self.unread = [none._replace(real=torch.zeros_like(none.columns, dtype=torch.bool))]
+        self.draft(prompt, [prompt.columns.shape[1]] * len(tokens))
 
     def step(self, streamer) -> None:
         """Checks the drafts, accepts what agrees, and drafts again."""
-        start, before = perf_counter(), int(self.lengths.sum())
+        start, before = perf_counter(), self.lengths.copy()
         depths = self.depths if self.has_drafts() else 0
-        columns = self.lengths[:, None] - 1 + torch.arange(depths + 1, device=self.lengths.device)
-        positions = columns + self.offset[:, None]
-        states, logits = self.read(columns, positions, self.alive[:, None].expand_as(columns), None, depths + 1)
-        tokens, kept = self.choose(self.scores(logits))
-        self.figures["drafted_tokens"] += int(self.alive.sum()) * depths
+        as_tensor = partial(torch.tensor, device=self.texts.device)
+        columns = as_tensor([list(range(length - 1, length + depths)) for length in self.lengths])
+        real = None if all(self.alive) else as_tensor([[alive] * (depths + 1) for alive in self.alive])
+        ids = self.texts.gather(1, columns)
+        output, logits = self.read(ids, columns, columns + self.offset, real, depths + 1)
+        tokens, kept = self.choose(self.scores(logits), ids[:, 1:])
+        self.figures["drafted_tokens"] += sum(self.alive) * depths
         self.accept(tokens, kept, streamer)
         # The newest token is not in the cache; a row that has stopped before its last draft did not keep the others.
-        real = columns < self.lengths[:, None] - 1
-        self.figures["accepted_tokens"] += int(real[:, 1:].sum())
-        self.main.forget(~real)
-        gained = int(self.lengths.sum()) - before
+        gained = [now - then for now, then in zip(self.lengths, before, strict=True)]
+        self.figures["accepted_tokens"] += sum(max(tokens - 1, 0) for tokens in gained)
+        refused = [[index >= tokens for index in range(depths + 1)] for tokens in gained]
+        self.main.forget(refused, ids)
         if not depths:
-            self.plain_steps.append((perf_counter() - start, gained))
-        self.draft(MainOutput(states, columns, positions, real), kept)
+            self.plain_steps.append((perf_counter() - start, sum(gained)))
+        if min(gained) <= depths:
+            # Tokens that every row refuses are not read.
+            real = None if min(gained) == max(gained) else ~as_tensor(refused)
+            output = output._replace(real=real).at(slice(None), slice(max(gained)))
+        self.draft(output, gained)
         if depths:
-            self.draft_steps.append((perf_counter() - start, gained))
+            self.draft_steps.append((perf_counter() - start, sum(gained)))
             self.drafting = self.drafts_pay()
 
     def has_drafts(self) -> bool:
@@ -224,7 +293,7 @@ class DraftDecoder:
 
     def drafts_pay(self) -> bool:
         """Whether the last steps with drafts took less time per token than plain ones."""
-        recent = self.draft_steps[-DRAFT_STEPS:]
+        recent = self.draft_steps[FIRST_STEPS:][-DRAFT_STEPS:]
         if len(recent) < DRAFT_STEPS or not self.plain_steps:
             return True
         seconds, tokens = (sum(column) for column in zip(*recent, strict=True))
@@ -232,26 +301,25 @@ class DraftDecoder:
 
     def read(
         self,
+        ids: torch.Tensor | None,
         columns: torch.Tensor,
         positions: torch.Tensor,
-        real: torch.Tensor,
-        embeds: torch.Tensor | None,
+        real: torch.Tensor | None,
         logits: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the main model: its `final_states`, and the last `logits` tokens' logits in fp32."""
-        # Of a prompt given by embeddings, only hash layers want the ids too, if there are any.
-        wanted = embeds is None or (self.model.model.routes_by_id and int(columns.min()) >= 0)
+        embeds: torch.Tensor | None = None,
+    ) -> tuple[MainOutput, torch.Tensor]:
+        """Runs the main model: what the MTP layers read of it, and the last `logits` tokens' logits in fp32."""
         outputs = self.model.model(
-            input_ids=self.texts.gather(1, columns) if wanted else None,
+            input_ids=ids,
             inputs_embeds=embeds,
-            attention_mask=self.main.extend(real),
+            attention_mask=self.main.extend(columns, real),
             position_ids=positions,
             past_key_values=self.main.cache,
             use_cache=True,
         )
         self.figures["forwards"] += 1
         (newest,) = project(outputs.last_hidden_state[:, -logits:], self.model.lm_head)
-        return outputs.final_states, newest.float()
+        return MainOutput(outputs.final_states, columns, positions, real), newest.float()
 
     def scores(self, logits: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Logits [B, T, V] after the processors, every one with the text before it, drafts included."""
@@ -259,25 +327,25 @@ class DraftDecoder:
             return logits
         processed = torch.empty_like(logits)
         # All rows at once, as processors may know the rows, and one text length after the other.
-        ends = self.lengths[:, None] + torch.arange(first, first + logits.shape[1], device=logits.device)
+        ends = torch.tensor(self.lengths)[:, None] + torch.arange(first, first + logits.shape[1])
         for end in ends.unique().tolist():
-            rows, columns = (ends == end).nonzero(as_tuple=True)
+            rows, columns = (each.to(logits.device) for each in (ends == end).nonzero(as_tuple=True))
             whole = logits[:, 0].clone()
             whole[rows] = logits[rows, columns]
             processed[rows, columns] = self.process(self.texts[:, :end], whole)[rows]
         return processed
 
-    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens by the scores [B, K + 1, V] that follow the newest token and the K drafts.
+    def choose(self, scores: torch.Tensor, drafts: torch.Tensor) -> tuple[list[list[int]], list[int]]:
+        """The next tokens by the scores [B, K + 1, V] that follow the newest token and the K drafts [B, K].
 
         Returns:
-            Tokens [B, K + 1], of which those up to the number of kept drafts [B] count.
+            Tokens [B][K + 1], of which those up to the number of kept drafts [B] count.
         """
-        depths = scores.shape[1] - 1
-        drafts = self.texts.gather(1, self.lengths[:, None] + torch.arange(depths, device=scores.device))
+        depths = drafts.shape[1]
         if not self.samples:
-            tokens = scores.argmax(dim=-1)
-            return tokens, (tokens[:, :depths] == drafts).long().cumprod(dim=1).sum(dim=1)
+            tokens = scores.argmax(dim=-1).tolist()
+            pairs = (zip(guesses, row, strict=False) for guesses, row in zip(drafts.tolist(), tokens, strict=True))
+            return tokens, [sum(1 for _ in takewhile(lambda both: both[0] == both[1], row)) for row in pairs]
         p = scores.softmax(dim=-1)
         q = torch.zeros_like(p)
         if depths:
@@ -290,63 +358,71 @@ class DraftDecoder:
         # Where p and q differ by rounding alone, nothing may be left of it.
         rest = torch.where(rest.any(dim=-1, keepdim=True), rest, p.gather(1, at)[:, 0])
         tokens = torch.cat((drafts, drafts.new_zeros(len(drafts), 1)), dim=1)
-        return tokens.scatter(1, kept[:, None], rest.multinomial(1)), kept
+        return tokens.scatter(1, kept[:, None], rest.multinomial(1)).tolist(), kept.tolist()
 
-    def accept(self, tokens: torch.Tensor, kept: torch.Tensor, streamer) -> None:
+    def accept(self, tokens: list[list[int]], kept: list[int], streamer) -> None:
         """Puts the kept drafts and the main model's token into the texts, up to where a row stops."""
-        for row in self.alive.nonzero().flatten().tolist():
-            start = int(self.lengths[row])
-            for end, token in enumerate(tokens[row, : int(kept[row]) + 1].tolist(), start + 1):
-                self.texts[row, end - 1] = token
-                if self.stops(self.texts[row : row + 1, :end], None).item():
+        for row, (start, news) in enumerate(zip(self.lengths, tokens, strict=True)):
+            if not self.alive[row]:
+                continue
+            news = news[: kept[row] + 1]
+            self.texts[row, start : start + len(news)] = torch.tensor(news)
+            for end, token in enumerate(news, start + 1):
+                if self.stops(self.texts[row : row + 1, :end], token):
                     self.alive[row] = False
                     break
             self.lengths[row] = end
             if streamer is not None:
                 streamer.put(self.texts[row, start:end].cpu())
 
-    def draft(self, output: MainOutput, last: torch.Tensor) -> None:
+    def draft(self, output: MainOutput, real: list[int]) -> None:
         """Lets the MTP layers read what the main model has read, and writes their drafts behind the texts.
 
         Args:
-            last: [B], index of every row's last real token in the output.
+            real: [B], how many of the output's tokens are a row's, the first; 0 of one that has stopped.
         """
-        if not self.drafting or not self.alive.any():
+        if not self.drafting or not any(self.alive):
             return
         self.unread.append(output)
         if not self.has_drafts():
             return
-        parts, self.unread = self.unread, []
-        joined = parts[0] if len(parts) == 1 else [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
-        states, columns, positions, real = joined
-        last = last[:, None] + columns.shape[1] - output.columns.shape[1]
-        rows = torch.arange(len(last), device=last.device)[:, None]
-        refused = ~real
+        tokens, self.unread = MainOutput.joined(self.unread), []
+        count = tokens.columns.shape[1]
+        last = [count - output.columns.shape[1] + max(each, 1) - 1 for each in real]
+        rows = torch.arange(len(last))[:, None]
         if self.depths > 1:
-            again = last - torch.arange(self.depths - 2, -1, -1, device=last.device)  # [B, K - 1]
-            unread = MainOutput(states[rows, again], columns[rows, again], positions[rows, again], real[rows, again])
-            self.unread.append(unread)
-            refused[rows, again] = True
+            again = [[index - back for back in range(self.depths - 2, -1, -1)] for index in last]  # [B][K - 1]
+            self.unread = [tokens.at(rows, again)]
 
-        model, mask = self.model.model, self.drafts.extend(real)
+        model, mask = self.model.model, self.drafts.extend(tokens.columns, tokens.real)
+        ends = torch.tensor(self.lengths, device=self.texts.device)[:, None]
+        alone = len(set(last)) == 1
         inputs: dict | None = None
+        states = tokens.states
         self.draft_probabilities = []
         for depth, layer in enumerate(model.mtp_layers, start=1):
-            ids = self.texts.gather(1, (columns + depth).clamp(0, self.texts.shape[1] - 1))
+            ids = self.texts.gather(1, (tokens.columns + depth).clamp(max=self.texts.shape[1] - 1))
             embeds = model.embed_tokens(ids)
             if inputs is None:
-                inputs = model.layer_inputs(embeds, mask, positions, self.drafts.cache)
+                inputs = model.layer_inputs(embeds, mask, tokens.positions, self.drafts.cache)
                 inputs.pop("position_ids")
             guess = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
             states = guess.states
-            (logits,) = project(guess.hidden_states[rows, last], self.model.lm_head)
+            newest = guess.hidden_states
+            newest = newest[:, last[0] : last[0] + 1] if alone else newest[rows, [[index] for index in last]]
+            (logits,) = project(newest, self.model.lm_head)
             scores = self.scores(logits.float(), first=depth - 1)[:, 0]
-            draft = scores.argmax(dim=-1)
+            draft = scores.argmax(dim=-1, keepdim=True)
             if self.samples:
                 self.draft_probabilities.append(scores.softmax(dim=-1))
-                draft = self.draft_probabilities[-1].multinomial(1)[:, 0]
-            self.texts.scatter_(1, (self.lengths + depth - 1)[:, None], draft[:, None])
-        self.drafts.forget(refused)
+                draft = self.draft_probabilities[-1].multinomial(1)
+            self.texts.scatter_(1, ends + (depth - 1), draft)
+        if self.depths > 1:
+            first = min(last) - self.depths + 2
+            # Those that are read again, and behind them what is none of the row's.
+            self.drafts.forget(
+                [[c > end - self.depths + 1 for c in range(first, count)] for end in last], tokens.columns
+            )
 
 
 def check_draft_decoding(config, generation_config, past_key_values: Cache | None, synced_gpus: bool) -> None:

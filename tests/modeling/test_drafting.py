@@ -7,6 +7,7 @@ import pytest
 import torch
 from generations import model
 from transformers import DynamicCache
+from transformers.generation import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from fathom import FathomForCausalLM
@@ -158,10 +159,36 @@ def test_drafting_ends_where_it_takes_longer(monkeypatch, cost_of_a_draft, pays,
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     assert torch.equal(output.sequences, ours.generate(ids, attention_mask=mask, **settings))
     if pays:
-        assert output.drafted_tokens > 4 * 2 * rows
+        assert output.drafted_tokens > (4 + drafting.FIRST_STEPS) * 2 * rows
         assert output.forwards < NEW
     else:
-        assert output.drafted_tokens == 4 * 2 * rows
+        assert output.drafted_tokens == (4 + drafting.FIRST_STEPS) * 2 * rows
+
+
+class UntilRepeated(StoppingCriteria):
+    """A criterion of a user's own: ends a text with two equal tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == input_ids[:, -2]
+
+
+@every_generation
+def test_a_criterion_of_ones_own_ends_texts_where_it_would_without_drafts(generation):
+    ours, (ids, mask) = drafter(generation, 2), prompts(4)
+    settings = {"stopping_criteria": StoppingCriteriaList([UntilRepeated()]), "pad_token_id": 0, "eos_token_id": 3}
+    expected = ours.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **settings)
+    output = drafted(ours, ids, mask, **settings)
+    assert torch.equal(output.sequences, expected)
+    assert output.accepted_tokens > 0
+
+
+def test_a_text_longer_than_the_model_knows_is_warned_of(monkeypatch):
+    warned = []
+    monkeypatch.setattr(MaxLengthCriteria, "__call__", lambda self, text, scores: warned.append(text.shape[1]))
+    stops = drafting.Stops(StoppingCriteriaList([MaxLengthCriteria(max_length=9, max_position_embeddings=7)]))
+    text = torch.ones(1, 9, dtype=torch.long)
+    assert [stops(text[:, :length], 1) for length in (7, 8, 9)] == [False, False, True]
+    assert warned == [8, 9]
 
 
 class Pieces(BaseStreamer):
