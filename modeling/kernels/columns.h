@@ -6,12 +6,12 @@
 
 namespace {
 
-// Puts LANES words of each of LANES rows into columns `stride` apart: word i of all rows into column i.
-inline void put_into_columns(const Number* const* rows, Words* columns, Size stride) {
+// Puts LANES words of each of LANES rows, `apart` numbers, into columns `stride` apart: word i of all into column i.
+inline void put_into_columns(const Number* rows, Size apart, Words* columns, Size stride) {
   Words quarters[4][4];  // [i][c]: of rows 4 i to 4 i + 3 word c of every four
-  for (Size i = 0; i < 4; ++i) {
-    const Words a = load<Words>(rows[4 * i]), b = load<Words>(rows[4 * i + 1]);
-    const Words c = load<Words>(rows[4 * i + 2]), d = load<Words>(rows[4 * i + 3]);
+  for (Size i = 0; i < 4; ++i, rows += 4 * apart) {
+    const Words a = load<Words>(rows), b = load<Words>(rows + apart);
+    const Words c = load<Words>(rows + 2 * apart), d = load<Words>(rows + 3 * apart);
     for (Size half = 0; half < 2; ++half) {
       const Words ab = words_in_turns(a, b, half), cd = words_in_turns(c, d, half);
       quarters[i][2 * half] = pairs_in_turns(ab, cd, false);
@@ -32,25 +32,25 @@ constexpr Size VECTORS = KEYS / LANES;  // of keys in a column
 // KEYS rows [KEYS, D], `stride` apart, in columns of words; rows behind `count` are as the last.
 void put_into_columns(const Number* keys, Size count, Size stride, Size width, Words* columns) {
   Number padded[LANES][A_VECTOR];
-  const Number* rows[LANES];
   Words rest[LANES];
-  for (Size v = 0; v < VECTORS; ++v)
+  for (Size v = 0; v < VECTORS; ++v) {
+    const Size there = std::min(LANES, count - v * LANES);
     for (Size first = 0; first < width; first += A_VECTOR) {
       const Size some = std::min(A_VECTOR, width - first);
-      for (Size i = 0; i < LANES; ++i) {
-        rows[i] = keys + std::min(v * LANES + i, count - 1) * stride + first;
-        if (some == A_VECTOR) continue;
-        save(padded[i], load_some(rows[i], some));
-        rows[i] = padded[i];
-      }
+      const Number* rows = keys + v * LANES * stride + first;
       Words* to = columns + first / A_WORD * VECTORS + v;
-      if (some == A_VECTOR) {
-        put_into_columns(rows, to, VECTORS);
+      if (there == LANES && some == A_VECTOR) {
+        put_into_columns(rows, stride, to, VECTORS);
         continue;
       }
-      put_into_columns(rows, rest, 1);
+      for (Size i = 0; i < LANES; ++i) {
+        const Number* row = keys + std::min(v * LANES + i, count - 1) * stride + first;
+        save(padded[i], some == A_VECTOR ? load<Words>(row) : load_some(row, some));
+      }
+      put_into_columns(padded[0], A_VECTOR, rest, 1);
       for (Size i = 0; i * A_WORD < some; ++i) to[i * VECTORS] = rest[i];
     }
+  }
 }
 
 // The products of KEYS keys in columns and H queries, `stride` apart.

@@ -40,7 +40,8 @@ inline float take_scores(const float* scores, float* out) {
 // of every KEYS of them.
 //
 // Read from the end, so that a later score is there first and an equal one does not replace it. Of those that are
-// larger than the `count` best so far, few in a long text, some are gathered before the best are picked out again.
+// larger than the `count` best so far, few in a long text, some are gathered before the best are picked out again. If
+// there are as many blocks, the `count` best are not below the largest scores of so many blocks, and most others are.
 void best_of(const float* scores, const float* tops, Size size, Size count, Size* out) {
   struct Candidate {
     float score;
@@ -55,12 +56,19 @@ void best_of(const float* scores, const float* tops, Size size, Size count, Size
     std::nth_element(best.begin(), best.begin() + count - 1, best.end(), better);
     best.resize(count);
   };
+  const Size blocks = (size + KEYS - 1) / KEYS;
+  float least = HIDDEN;  // less is not among the best
+  if (blocks >= count) {
+    std::vector<float> largest(tops, tops + blocks);
+    std::nth_element(largest.begin(), largest.begin() + count - 1, largest.end(), std::greater<float>());
+    least = largest[count - 1];
+  }
   bool full = false;
   float border = HIDDEN;  // the smallest score that is among the best, once there are enough
-  for (Size block = (size - 1) / KEYS; block >= 0; --block) {
-    if (full && tops[block] <= border) continue;
+  for (Size block = blocks - 1; block >= 0; --block) {
+    if (tops[block] < least || (full && tops[block] <= border)) continue;
     for (Size i = std::min((block + 1) * KEYS, size) - 1; i >= block * KEYS; --i) {
-      if (full && scores[i] <= border) continue;
+      if (scores[i] < least || (full && scores[i] <= border)) continue;
       best.push_back({scores[i], i});
       if (static_cast<Size>(best.size()) < 2 * count) continue;
       keep_best();
