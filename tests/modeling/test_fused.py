@@ -222,12 +222,12 @@ def test_attention_with_sinks(dtype, keys):
 @pytest.mark.parametrize("top_k", [50, 12], ids=["many", "fewer than blocks"])
 def test_choice_of_keys(dtype, masked, ties, top_k):
     """The same keys, also where most scores are 0: numbers that both ways add up to exactly the same."""
-    batch, tokens, heads, width, keys = 2, 3, 4, 8, 900
+    # 1 / sqrt(J D) = 1/8 keeps sums of whole numbers exact: ties are ties in whatever order they are summed.
+    batch, tokens, heads, width, keys = 2, 3, 4, 16, 900
     whole = (lambda *shape: torch.randint(-3, 4, shape).to(dtype)) if ties else (lambda *s: torch.randn(s).to(dtype))
     query, cached, hidden = whole(batch, tokens, heads, width), whole(batch, keys, width), whole(batch, tokens, 16)
     if ties:
         cached[:, ::3] = 0
-    # 16 = sqrt(J D / 8)^2 in weights keeps them exact in bf16, too.
     weight = torch.eye(heads, 16).to(dtype)
     mask = visible_keys(batch, tokens, keys)[:, 0] if masked else None
     with torch.no_grad():
