@@ -27,23 +27,27 @@ struct Partial {
   float* values = nullptr;
 };
 
-// Turns scores into shares, and shrinks what was seen before if a larger score has come.
+// Turns scores into shares, and shrinks what was seen before if a larger score has come. There is room for whole
+// vectors.
 inline void share(float* scores, Size count, Partial& partial, Size value_width, Number* shares) {
-  float top = partial.largest, total = 0;
-#pragma omp simd reduction(max : top)
-  for (Size key = 0; key < count; ++key) top = std::max(top, scores[key]);
+  const Size whole = (count + LANES - 1) / LANES * LANES;
+  std::fill(scores + count, scores + whole, HIDDEN);
+  Vector tops = Vector{} + partial.largest, totals = {};
+  for (Size key = 0; key < whole; key += LANES) tops = larger(load(scores + key), tops);
+  const float top = largest_of(tops);
   if (top > partial.largest) {
-    const float shrunk = exponential(partial.largest - top);  // about 0 where there was none: so are the sums
+    const float shrunk = exponential(partial.largest - top);  // 0 where there was none
     partial.weights *= shrunk;
     for (Size i = 0; i < value_width; ++i) partial.values[i] *= shrunk;
     partial.largest = top;
   }
-#pragma omp simd reduction(+ : total)
-  for (Size key = 0; key < count; ++key) {
-    scores[key] = scores[key] == HIDDEN ? 0.0f : exponential(scores[key] - top);
-    total += scores[key];
+  const float least = top == HIDDEN ? 0.0f : top;  // of nothing but hidden keys each has none
+  for (Size key = 0; key < whole; key += LANES) {
+    const Vector each = exponential(load(scores + key) - least);
+    save(scores + key, each);
+    totals += each;
   }
-  partial.weights += total;
+  partial.weights += sum_of(totals);
   narrow(scores, shares, count);
 }
 

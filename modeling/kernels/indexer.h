@@ -29,11 +29,9 @@ inline float take_scores(const float* scores, float* out) {
     Vector each = load(scores + v * LANES);
     each = each == each ? each : Vector{} + HIDDEN;
     save(out + v * LANES, each);
-    top = each > top ? each : top;
+    top = larger(each, top);
   }
-  float largest = top[0];
-  for (Size i = 1; i < LANES; ++i) largest = std::max(largest, top[i]);
-  return largest;
+  return largest_of(top);
 }
 
 // The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. `tops`: the largest

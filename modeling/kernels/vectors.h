@@ -67,8 +67,15 @@ void widen(const X* from, float* to, Size count) {
 }
 
 void narrow(const float* from, Number* to, Size count) {
+  Size i = 0;
+#ifdef __AVX512BF16__
+  for (; A_WORD == 2 && i + A_VECTOR <= count; i += A_VECTOR) {
+    const auto both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + LANES), _mm512_loadu_ps(from + i));
+    std::memcpy(static_cast<void*>(to + i), &both, sizeof both);
+  }
+#endif
 #pragma omp simd
-  for (Size i = 0; i < count; ++i) store(to + i, from[i]);
+  for (Size rest = i; rest < count; ++rest) store(to + rest, from[rest]);
 }
 
 std::vector<Number> narrowed(const std::vector<float>& from) {
@@ -157,6 +164,22 @@ inline V quarters_of(V a, V b, bool odd) {
 inline Vector halved(Vector a, Vector b) { return words_in_turns(a, b, false) + words_in_turns(a, b, true); }
 inline Vector quartered(Vector a, Vector b) { return pairs_in_turns(a, b, false) + pairs_in_turns(a, b, true); }
 inline Vector lanes_joined(Vector a, Vector b) { return quarters_of(a, b, false) + quarters_of(a, b, true); }
+
+// One number of all lanes, by a function of two.
+template <class Both>
+inline float folded(Vector x, Both both) {
+  x = both(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = both(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = both(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = both(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return x[0];
+}
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline float largest_of(Vector x) { return folded(x, larger); }
+inline float sum_of(Vector x) {
+  return folded(x, [](Vector a, Vector b) { return a + b; });
+}
 
 // The sums of 16 vectors, each over its lanes, in one vector: four steps, each of which halves what is to be added.
 inline Vector sums_of(const Vector (&each)[LANES]) {
@@ -266,7 +289,7 @@ inline void add_columns(Rows rows, Size count, const Number* weights, Size strid
 template <Size C, class Rows>
 inline void add_rows(Rows rows, Size count, const Number* weights, Size stride, Size width, float* values) {
   // As many sums at a time as hide each other's latency.
-  constexpr Size V = 4 / A_WORD, WIDE = C == 1 ? 2 * V : V;
+  constexpr Size V = (C == 8 ? 2 : 4) / A_WORD, WIDE = C == 1 ? 2 * V : V;
   Size column = 0;
   for (; column + WIDE * A_VECTOR <= width; column += WIDE * A_VECTOR)
     add_columns<C, WIDE>(rows, count, weights, stride, column, width, values);
@@ -285,6 +308,7 @@ inline void add_rows(Rows rows, Size count, const Number* weights, Size stride, 
 template <class Rows>
 inline void add_weighted(Rows rows, Size count, const Number* weights, Size stride, Size n, Size width, float* values) {
   Size i = 0;
+  for (; i + 8 <= n; i += 8) add_rows<8>(rows, count, weights + i * stride, stride, width, values + i * width);
   for (; i + 4 <= n; i += 4) add_rows<4>(rows, count, weights + i * stride, stride, width, values + i * width);
   for (; i < n; ++i) add_rows<1>(rows, count, weights + i * stride, stride, width, values + i * width);
 }
@@ -298,20 +322,31 @@ float* kept(Size count) {
   return memory.data();
 }
 
-// e^x for x <= 0, to about 2 ulp, in operations that are vectorised: 2^round(x / ln 2) times a polynomial, that of
-// Cephes' expf.
-inline float exponential(float x) {
-  x = std::max(x, -87.0f);
-  const float whole = std::nearbyint(x * 1.44269504088896341f);
-  const float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  float series = 1.9875691500e-4f;
-  for (const float each : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline Words bits_of(Vector x) { return reinterpret_cast<Words>(x); }
+inline Vector from_bits(Words bits) { return reinterpret_cast<Vector>(bits); }
+
+// e^x for x <= 0, of a number or of LANES, to about 2 ulp and below e^-87 as 0: 2^round(x / ln 2) times a polynomial,
+// that of Cephes' expf.
+template <class X>
+inline X exponential(X x) {
+  constexpr float WHOLE = 12582912.0f;  // 1.5 2^23: added to it, a number is rounded, and stands in the last bits
+  const X shifted = x * 1.44269504088896341f + WHOLE, whole = shifted - WHOLE;
+  const X rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  X series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  for (const float each : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     series = series * rest + each;
-  series = series * rest * rest + rest + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(whole) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return series * power;
+  series = series * (rest * rest) + rest + 1.0f;
+  return x < -87.0f ? X{} : series * from_bits((bits_of(shifted) + 127) << 23);
 }
 
 inline float sigmoid(float x) {
