@@ -326,24 +326,36 @@ class MultiHeadLatentAttention(FathomAttention):
         Returns:
             [B, T, H * D_v].
         """
-        batch, tokens, _ = q_latent.shape
+        tokens = q_latent.shape[1]
         give_back_freed_memory(tokens)
         of_queries = (self.q_b_proj if self.compresses_queries else self.q_proj).weight
         of_queries = of_queries.unflatten(0, (self.num_heads, -1))  # [H, D + P, Q]
         expansion = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, D + D_v, R]
-        output = q_latent.new_empty(batch, tokens, self.num_heads, self.v_head_dim)
+        output = q_latent.new_empty(*q_latent.shape[:2], self.num_heads * self.v_head_dim)
         count = max(1, self.num_heads * TOKENS_OF_ALL_HEADS // tokens)
-        for heads in (slice(first, first + count) for first in range(0, self.num_heads, count)):
-            query = F.linear(q_latent, of_queries[heads].flatten(0, 1)).unflatten(-1, (-1, self.qk_head_dim))
-            q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-            q_pe = apply_rotary(q_pe, *position_embeddings, interleaved=self.rope_interleave, heads=2)
-            query = torch.cat((q_nope, q_pe.to(query.dtype)), dim=-1).transpose(1, 2)
-            key, value = self.expand(latents, expansion[heads])
-            attended, _ = self.attend_expanded(query, key, value, None, **kwargs)
-            output[:, :, heads] = attended.unflatten(-1, (-1, self.v_head_dim))
-        del query, q_nope, q_pe, key, value, attended
-        give_back_freed_memory(tokens)
-        return output.flatten(2)
+        maps = of_queries.split(count), expansion.split(count), output.split(count * self.v_head_dim, dim=-1)
+        for of_query, of_key_and_value, attended in zip(*maps, strict=True):
+            how = position_embeddings, of_query, of_key_and_value
+            attended.copy_(self.attend_some_heads(q_latent, latents, *how, **kwargs))
+            give_back_freed_memory(tokens)
+        return output
+
+    def attend_some_heads(
+        self,
+        q_latent: torch.Tensor,
+        latents: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        of_queries: torch.Tensor,
+        expansion: torch.Tensor,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`attend_by_heads` of h heads, whose maps are given, [h, D + P, Q] and [h, D + D_v, R] -> [B, T, h * D_v]."""
+        query = F.linear(q_latent, of_queries.flatten(0, 1)).unflatten(-1, (-1, self.qk_head_dim))
+        query[..., self.qk_nope_head_dim :] = apply_rotary(
+            query[..., self.qk_nope_head_dim :], *position_embeddings, interleaved=self.rope_interleave, heads=2
+        )
+        key, value = self.expand(latents, expansion)
+        return self.attend_expanded(query.transpose(1, 2), key, value, None, **kwargs)[0]
 
     def split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., R + P] -> latent [..., R] and rotary key [..., P], without a copy."""

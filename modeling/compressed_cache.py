@@ -154,7 +154,7 @@ class CompressedCacheLayer(FathomCacheLayer):
         # To drop it before tokens, padding behind real ones has to be found.
         if self.padded and ((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any():
             self.tokens = padding_first(self.tokens)
-        self.tokens = {name: newest(rows, self.needed(name)) for name, rows in self.tokens.items()}
+        self.tokens = {name: newest_alone(rows, self.needed(name)) for name, rows in self.tokens.items()}
 
     def activate_past_recording(self) -> None:
         """Keeps all tokens from now until the next `crop`, so that it can go back beyond the window."""
@@ -354,6 +354,12 @@ def take_rows(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def newest(rows: torch.Tensor, count: int) -> torch.Tensor:
     """The last `count` tokens of [B, S, ...]; all, if there are fewer."""
     return rows if count >= rows.shape[1] else rows[:, rows.shape[1] - count :]
+
+
+def newest_alone(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The same as `newest`, to be kept: as a copy where a part of the tensor would hold more than twice its size."""
+    kept = newest(rows, count)
+    return kept.clone() if rows.shape[1] > 2 * count else kept
 
 
 def padding_first(streams: dict[str, torch.Tensor], where: torch.Tensor | bool = True) -> dict[str, torch.Tensor]:

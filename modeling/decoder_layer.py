@@ -46,6 +46,14 @@ class LayerOutput(NamedTuple):
     """What a decoder layer returns. Statistics are returned, not stored: gradient checkpointing runs a layer twice."""
 
     hidden_states: torch.Tensor  # [B, T, d], or with n > 1 residual streams [B, T, n, d]
+    expert_counts: torch.Tensor | None = None  # the fields of `LayerStatistics`
+    balance_loss: torch.Tensor | None = None
+    indexer_report: torch.Tensor | None = None
+
+
+class LayerStatistics(NamedTuple):
+    """What a decoder layer found out about its tokens."""
+
     expert_counts: torch.Tensor | None = None  # [E], tokens per routed expert
     balance_loss: torch.Tensor | None = None  # scalar, weighted; in training only
     indexer_report: torch.Tensor | None = None  # [F, B, T], of the token mixer's indexer, where asked for (`indexing`)
@@ -98,6 +106,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = self.attn_hc.write(hidden_states, mixed, mixing)
+        del mixer_input, mixed  # each as large as the stream of a long text, which is at its largest further down
         decoded = decode_channels(self, hidden_states, token_mask, input_ids)
         if decoded is not None:
             return LayerOutput(*decoded, None, indexer_report)
@@ -105,6 +114,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         mixed, expert_counts, balance_loss = self.mlp(
             self.post_attention_layernorm(mixer_input), token_mask=token_mask, input_ids=input_ids
         )
+        del mixer_input
         hidden_states = self.ffn_hc.write(hidden_states, mixed, mixing)
         return LayerOutput(hidden_states, expert_counts, balance_loss, indexer_report)
 

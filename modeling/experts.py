@@ -35,8 +35,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .feed_forward import FeedForward, gated_activation, in_parts
+from .feed_forward import FeedForward, gated_activation
 from .fused import FEW_TOKENS, PLAIN, SCORING_NUMBERS, SILU, kernels_for
+from .memory import in_parts
 from .precision import KeepsFloat32Buffers, float32_linear
 from .products import fits_functions
 from .sorted_experts import SortedExperts, sort_slots
@@ -406,11 +407,11 @@ class MixtureOfExperts(nn.Module):
         tokens = hidden_states.flatten(0, 1)  # [N, d]
         logits, weights, indices = self.gate(tokens, None if input_ids is None else input_ids.flatten())
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            if torch.is_grad_enabled():
-                output = output + self.shared_experts(hidden_states)
-            else:
-                output += self.shared_experts(hidden_states)
+        if (shared := self.shared_experts) is not None:
+            add = partial(_add_shared_experts, shared)
+            # A hook on them is called once, with all tokens.
+            hooked = shared._forward_hooks or shared._forward_pre_hooks
+            output = add(output, hidden_states) if hooked else in_parts(add, output, hidden_states, into=output)
 
         counts = count_tokens(indices, self.num_experts, None if token_mask is None else token_mask.flatten())
         balance_loss = None
@@ -444,6 +445,11 @@ class HashMixtureOfExperts(MixtureOfExperts):
 
     def make_router(self, config, layer_idx: int) -> ExpertRouter:
         return HashRouter(config, layer_idx)
+
+
+def _add_shared_experts(shared: nn.Module, routed: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What routed experts made of tokens [B, T, d], and what shared ones make of them."""
+    return routed + shared(hidden_states)
 
 
 def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:

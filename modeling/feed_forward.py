@@ -14,11 +14,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .fused import SILU, is_plain, kernels_for
-from .memory import give_back_freed_memory
+from .memory import in_parts
 from .products import mapped
-
-# Tokens of a row that are mixed at a time where no gradient is asked for.
-TOKENS_AT_ONCE = 4096
 
 
 def gated_activation(
@@ -28,30 +25,6 @@ def gated_activation(
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return act_fn(gate) * up
-
-
-def in_parts(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function(*inputs)`, which treats each token by itself, for some tokens of a long text at a time.
-
-    What it needs in between is then not held for all of them. A gradient would need all of it anyway, and a compiled
-    graph is made for one length.
-
-    Args:
-        inputs: [..., T, n] with the same T.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs[0].shape[-2] <= TOKENS_AT_ONCE:
-        return function(*inputs)
-    output = None
-    for start in range(0, inputs[0].shape[-2], TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
-        mixed = function(*(each[..., part, :] for each in inputs))
-        if output is None:
-            # Results of the parts, kept one by one, would lie between the memory that each part frees for the next.
-            output = mixed.new_empty(*inputs[0].shape[:-1], mixed.shape[-1])
-        output[..., part, :] = mixed
-        del mixed
-        give_back_freed_memory(inputs[0].shape[-2])
-    return output
 
 
 class FeedForward(nn.Module):

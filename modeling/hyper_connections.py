@@ -27,6 +27,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .fused import kernels_for
+from .memory import in_parts
 
 
 class StreamMixing(NamedTuple):
@@ -75,8 +76,7 @@ class HyperConnection(nn.Module):
         kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, output)
         if kernels is not None:
             return kernels.write_streams(streams, output, *mixing)
-        post, residual = mixing.post.to(streams.dtype), mixing.residual.to(streams.dtype)
-        return torch.addcmul(residual.mT @ streams, post.unsqueeze(-1), output.unsqueeze(-2))
+        return in_parts(_written, streams, output, *mixing, dim=1)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -137,13 +137,26 @@ def split_streams(hidden_states: torch.Tensor, streams: int) -> torch.Tensor:
 
 def project_streams(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.Tensor:
     """`fn vec(X) / rms(vec(X))` in fp32: streams [B, T, n, d] and fn [m, n d] -> [B, T, m]."""
-    flat = streams.flatten(2).float()
-    return F.linear(F.rms_norm(flat, flat.shape[-1:], eps=eps), fn.float())
+
+    def project(streams: torch.Tensor) -> torch.Tensor:
+        flat = streams.flatten(2).float()
+        return F.linear(F.rms_norm(flat, flat.shape[-1:], eps=eps), fn.float())
+
+    return in_parts(project, streams, dim=1)
 
 
 def sum_streams(streams: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`sum_j weights_j X_j`: streams [B, T, n, d] and fp32 weights [B, T, n] -> [B, T, d], in the streams' dtype."""
+    return in_parts(_weighted_sum, streams, weights, dim=1)
+
+
+def _weighted_sum(streams: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (weights.unsqueeze(-1) * streams).sum(dim=2).to(streams.dtype)
+
+
+def _written(streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    post, residual = post.to(streams.dtype), residual.to(streams.dtype)
+    return torch.addcmul(residual.mT @ streams, post.unsqueeze(-1), output.unsqueeze(-2))
 
 
 def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .compressor import Compressor
 from .configuration_fathom import FathomConfig
 from .continuous_batching import Row, SharedBatch
 from .conversion import OfficialCheckpoints
-from .decoder_layer import FathomDecoderLayer, LayerOutput
+from .decoder_layer import FathomDecoderLayer, LayerStatistics
 from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .fused import project
@@ -100,7 +100,9 @@ class FathomPreTrainedModel(OfficialCheckpoints):
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, which makes every loaded parameter trainable, those that no loss reaches too."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_untrained()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_untrained()
+        model.copy_router_buffers()
         return loaded
 
     def post_init(self) -> None:
@@ -113,6 +115,17 @@ class FathomPreTrainedModel(OfficialCheckpoints):
             for module in self.modules():
                 if isinstance(module, TrainableIndexer):
                     module.requires_grad_(False)
+
+    def copy_router_buffers(self) -> None:
+        """Lets go of the file that a model was loaded from in another dtype.
+
+        Weights are converted, but routing biases (fp32) and tables (int64) stay as they are, and as long as they are
+        parts of the mapped file all of it stays in memory.
+        """
+        for module in self.modules():
+            if isinstance(module, ExpertRouter):
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.clone())
 
     # transformers decides both by searching the text of this file, for `@use_experts_implementation` and the call of
     # its attention interface; they stand in `experts` and `attention`.
@@ -320,22 +333,22 @@ class FathomModel(FathomPreTrainedModel):
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         del inputs_embeds  # of a long text, nothing else holds them
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
-        outputs: list[LayerOutput] = []
+        statistics: list[LayerStatistics] = []
         for layer in islice(self.layers, self.config.num_hidden_layers):
-            output = LayerOutput(
-                *layer(hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs)
+            # A list of all that layers return would hold every layer's hidden states, which are long where texts are.
+            hidden_states, *found = layer(
+                hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs
             )
-            hidden_states = output.hidden_states
-            outputs.append(output)
+            statistics.append(LayerStatistics(*found))
 
-        expert_counts, balance_loss = self.collect_routing(outputs)
+        expert_counts, balance_loss = self.collect_routing(statistics)
         last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values,
             expert_counts=expert_counts,
             balance_loss=balance_loss,
-            indexer_reports=stack_reports(outputs),
+            indexer_reports=stack_reports(statistics),
             final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
 
@@ -395,7 +408,7 @@ class FathomModel(FathomPreTrainedModel):
         return inputs_embeds * width**0.5 + sinusoidal_positions(position_ids, width).to(inputs_embeds.dtype)
 
     def collect_routing(
-        self, outputs: list[LayerOutput] | list[DraftOutput]
+        self, outputs: list[LayerStatistics] | list[DraftOutput]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Stacks the layers' expert counts [M, E] and adds their balance losses; None where there are none."""
         counts = [output.expert_counts for output in outputs if output.expert_counts is not None]
@@ -403,7 +416,7 @@ class FathomModel(FathomPreTrainedModel):
         return torch.stack(counts) if counts else None, torch.stack(losses).sum() if losses else None
 
 
-def stack_reports(outputs: list[LayerOutput] | list[DraftOutput]) -> torch.Tensor | None:
+def stack_reports(outputs: list[LayerStatistics] | list[DraftOutput]) -> torch.Tensor | None:
     """The indexers' reports of some layers [L, F, B, T]; None where there are none."""
     reports = [output.indexer_report for output in outputs if output.indexer_report is not None]
     return torch.stack(reports) if reports else None

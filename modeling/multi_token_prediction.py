@@ -38,7 +38,7 @@ class SharedHead(nn.Module):
 
 
 class DraftOutput(NamedTuple):
-    """What an MTP layer returns; the statistics are those of `LayerOutput`."""
+    """What an MTP layer returns; the statistics are those of `LayerStatistics`."""
 
     hidden_states: torch.Tensor  # [B, T, d], input of the shared head
     states: torch.Tensor  # what the next depth continues from: the same, or with streams [B, T, n, d]

@@ -155,6 +155,16 @@ def test_yarn_frequencies_after_loading_are_yarns(tmp_path):
     assert torch.equal(loaded.model.rotary_emb.original_inv_freq, frequencies)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("generation", ["v3", "v4"])
+def test_a_converted_model_lets_go_of_its_file(tmp_path, generation):
+    """Biases and tables, which no dtype converts, are no parts of it."""
+    model(generation).save_pretrained(tmp_path)
+    loaded = FathomForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_tensor_names_of_v4(tmp_path):
     """DeepSeek's own names for V4. Layer 0 routes by token id, layer 2 is `csa`, layer 3 is `hca`."""
     model("v4", num_hidden_layers=4).save_pretrained(tmp_path)

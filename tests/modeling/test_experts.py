@@ -238,7 +238,7 @@ def test_long_texts_are_mixed_in_parts(kind, dtype, monkeypatch):
         held.append(x[..., 0].numel())
         return multiply(x, weight, *bias)
 
-    monkeypatch.setattr("fathom.modeling.feed_forward.TOKENS_AT_ONCE", 8)
+    monkeypatch.setattr("fathom.modeling.memory.TOKENS_AT_ONCE", 8)
     monkeypatch.setattr("fathom.modeling.experts.F.linear", spy)
     found = module(hidden)
     if kind == "moe":
