@@ -439,17 +439,17 @@ class MultiHeadLatentAttention(FathomAttention):
         latents: torch.Tensor,
         visible: torch.Tensor | None,
         chosen: torch.Tensor | None = None,
-        text: bool = False,
+        most: float | None = None,
     ) -> torch.Tensor | None:
         """Absorbed attention by the native function, [B, T, H * D_v]; None where it cannot be called.
 
         Args:
-            text: whether there may be any number of queries, not those of a step alone.
             visible: bool [B or 1, T, S], or [B, T, K] with `chosen`; None: every query sees every key.
             chosen: int64 [B, T, K], the keys that a query reads; None: all.
+            most: see `kernels_for`.
         """
         query, cache = query.transpose(1, 2).contiguous(), latents.squeeze(1)
-        kernels = kernels_for(self.training, 0 if text else query.shape[:2].numel(), query, self.kv_b_proj.weight)
+        kernels = kernels_for(self.training, query.shape[:2].numel(), query, self.kv_b_proj.weight, most=most)
         read = cache.shape[1] if chosen is None else chosen.shape[2]
         if kernels is None or not readable(visible, query.shape[0], query.shape[1], read):
             return None

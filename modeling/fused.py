@@ -1,7 +1,7 @@
-"""Decoding steps by the functions of `kernels/`.
+"""Decoding steps and short texts by the functions of `kernels/`.
 
-Where a step reads a few tokens, PyTorch spends more time on dispatching its many small operations than on computing.
-Modules that decode ask `kernels_for` whether the native functions can do their work; where it says None they go on with
+Where a few tokens are read, PyTorch spends more time on dispatching its many small operations than on computing.
+Modules ask `kernels_for` whether the native functions can do their work; where it says None they go on with
 their own definition, which these functions are equal to:
 
     project, project_groups   nn.Linear; GroupedLinear
@@ -34,8 +34,10 @@ from transformers.activations import SiLUActivation
 
 from .native import is_ready, library
 
-# Tokens of a step, beyond which matrix products are large enough for PyTorch's.
+# Tokens of a decoding step: drafts, and rows of a batch.
 FEW_TOKENS = 16
+# Tokens of a short text: beyond, matrix products are large enough for PyTorch's (`LOG.md`, "short texts").
+SHORT_TEXT = 128
 # Numbers of a weight from which on a compiled graph leaves its product with a few tokens to the native function.
 LARGE = 2**19
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -45,7 +47,9 @@ SILU = (nn.SiLU, SiLUActivation)
 _kernels: dict[torch.dtype, "Kernels"] = {}
 
 
-def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Tensor) -> "Kernels | None":
+def kernels_for(
+    training: bool, tokens: int, x: torch.Tensor, *weights: torch.Tensor, most: float | None = None
+) -> "Kernels | None":
     """The native functions, if they can take `x` and weights: few tokens on a CPU, of one dtype, and no gradients.
 
     None also under autocast, in graphs that are being made, for weights that are no plain tensors (quantised, sharded,
@@ -54,9 +58,10 @@ def kernels_for(training: bool, tokens: int, x: torch.Tensor, *weights: torch.Te
     Args:
         training: the module's mode. Gradient checkpointing runs layers without gradients first, to run them again with;
             both must be the same.
+        most: the largest number of tokens; None: `SHORT_TEXT`.
     """
     # In a graph the number of tokens may not be asked for.
-    if torch.compiler.is_compiling() or tokens > FEW_TOKENS:
+    if torch.compiler.is_compiling() or tokens > (SHORT_TEXT if most is None else most):
         return None
     kernels = kernels_of(training, x)
     if kernels is None:

@@ -21,6 +21,7 @@ Shapes: B batch, T query tokens, S key tokens, K chosen keys, H heads, J indexer
 R latent width, P rotary width, d width, Q query latent width.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -109,24 +110,24 @@ class LightningIndexer(TrainableIndexer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         top_k: int,
-        text: bool = False,
+        most: float | None = None,
     ) -> Chosen | None:
         """The `top_k` best visible keys of every query by the native function; None where it cannot be called.
 
         Args:
             attention_mask: [B or 1, 1, T, S], boolean, or None: every query sees every key. The others: see `scores`.
-            text: whether there may be any number of queries, not those of a step alone.
+            most: see `kernels_for`.
         """
         keys, visible = keys.squeeze(1), None if attention_mask is None else attention_mask[:, 0]
-        tokens = 0 if text else hidden_states.shape[:2].numel()
         hidden_states = hidden_states.contiguous()
-        kernels = kernels_for(self.training, tokens, hidden_states, self.weights_proj.weight)
+        weight = self.weights_proj.weight
+        kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, weight, most=most)
         batch, queries, _ = hidden_states.shape
         reads = readable(visible, batch, queries, keys.shape[1]) and keys.stride()[1:] == (self.head_dim, 1)
         if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
-        return Chosen(*kernels.choose_keys(query, keys, hidden_states, self.weights_proj.weight, visible, top_k))
+        return Chosen(*kernels.choose_keys(query, keys, hidden_states, weight, visible, top_k))
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
@@ -254,10 +255,10 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         rotation = position_embeddings[0][:, part], position_embeddings[1][:, part]
         mask = visible.unsqueeze(1)
         some = hidden_states[:, part], q_latent[:, part]
-        chosen = self.indexer.choose(*some, keys, rotation, mask, self.index_topk, text=True)
+        chosen = self.indexer.choose(*some, keys, rotation, mask, self.index_topk, most=math.inf)
         if chosen is None:
             return None
-        return self.fused_attention(query[:, :, part], latents, chosen.visible, chosen.indices, text=True)
+        return self.fused_attention(query[:, :, part], latents, chosen.visible, chosen.indices, most=math.inf)
 
     def attend_in_parts(
         self, query, latents, attention_mask, choice, read, **kwargs

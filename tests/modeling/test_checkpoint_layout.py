@@ -349,6 +349,7 @@ print("equal")
 """
 
 
+@pytest.mark.usefixtures("long_texts")
 @pytest.mark.parametrize("generation", ["v3", "v4"])
 def test_code_travels_with_the_weights(tmp_path, generation):
     """A fresh process that has no fathom: same numbers for all Auto classes, generation, training, saving again."""

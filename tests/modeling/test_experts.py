@@ -153,7 +153,7 @@ def test_the_training_step_is_that_of_the_loop(limit, frozen, monkeypatch):
 def test_a_few_tokens_are_computed_one_by_one(autocast, monkeypatch):
     """As long as they choose at most half as many experts as there are, and no gradient is kept."""
     eager, fast = (mixture(name, n_routed_experts=16) for name in ("eager", "sorted_mm"))
-    monkeypatch.setattr(fused, "FEW_TOKENS", 0)
+    monkeypatch.setattr(fused, "SHORT_TEXT", 0)
     calls, one_by_one = [], experts_module._experts_one_by_one
     monkeypatch.setattr(experts_module, "_experts_one_by_one", lambda *args: calls.append(args) or one_by_one(*args))
     for count, taken in ((1, True), (2, True), (3, False)):
@@ -224,6 +224,7 @@ def test_products_in_bf16_are_of_few_lengths(tokens, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("long_texts")
 @pytest.mark.parametrize("kind", ["moe", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_texts_are_mixed_in_parts(kind, dtype, monkeypatch):

@@ -3,6 +3,8 @@
 Every definition is the module's own: it runs where gradients are enabled, which no native function serves.
 """
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -320,26 +322,48 @@ def test_hyper_connections(dtype, streams, monkeypatch):
 
 @pytest.mark.parametrize("generation", ["moe", "v2", "v3", "v3.2", "v4"])
 def test_steps_of_every_generation(generation, monkeypatch):
-    """One token at a time and a few, rows padded on the left: the same logits with and without native functions."""
+    """One token at a time, a few and a short text, padded on the left: the same with and without native functions."""
     torch.manual_seed(0)
     config = FathomConfig.preset(generation, num_nextn_predict_layers=0)
     model = FathomForCausalLM(config).eval()
-    ids, mask = torch.randint(5, 4000, (2, 200)), torch.ones(2, 200, dtype=torch.int64)
+    ids, mask = torch.randint(5, 4000, (2, 260)), torch.ones(2, 260, dtype=torch.int64)
     mask[1, :17] = 0
     logits = []
-    for tokens in (fused.FEW_TOKENS, 0):
-        monkeypatch.setattr(fused, "FEW_TOKENS", tokens)
+    for tokens in (fused.SHORT_TEXT, 0):
+        monkeypatch.setattr(fused, "SHORT_TEXT", tokens)
         with torch.no_grad():
             read = 180
             cache = model(ids[:, :read], attention_mask=mask[:, :read], use_cache=True).past_key_values
             steps = []
-            for count in (1, 1, 3, 1, 8, 1, 1, 4):
+            for count in (1, 1, 3, 1, 8, 1, 1, 4, 60):
                 step = slice(read, read + count)
                 output = model(ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache, use_cache=True)
                 steps.append(output.logits)
                 read += count
         logits.append(torch.cat(steps, dim=1))
     torch.testing.assert_close(*logits, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [17, 90])
+@pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2", "v4"])
+def test_short_texts_of_every_generation(generation, tokens, dtype, monkeypatch):
+    """Prompts, padded on the left: the logits of PyTorch's products."""
+    everything = {"num_experts_per_tok": 4, "n_routed_experts": 4} if generation != "classic" else {}
+    torch.manual_seed(0)  # all experts are chosen: rounding would choose others
+    config = FathomConfig.preset(generation, num_nextn_predict_layers=0, n_group=1, topk_group=1, **everything)
+    model, project, called = FathomForCausalLM(config).eval().to(dtype), fused.Kernels.project, []
+    monkeypatch.setattr(fused.Kernels, "project", lambda *args: called.append(1) or project(*args))
+    ids, mask = torch.randint(5, 4000, (1, tokens)), torch.ones(1, tokens, dtype=torch.int64)
+    mask[:, :5] = 0
+    logits, calls = [], []
+    for most in (fused.SHORT_TEXT, 0):
+        monkeypatch.setattr(fused, "SHORT_TEXT", most)
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask).logits[:, 5:])
+        calls.append(len(called))
+    assert calls[0] == calls[1] > 0
+    close = 1e-5 if dtype is torch.float32 else 0.02
+    torch.testing.assert_close(*logits, atol=close * logits[1].abs().max().item(), rtol=0)
 
 
 # Not V4, where entries and the sum of the streams are PyTorch's.
@@ -373,7 +397,8 @@ def test_what_is_not_served():
     with torch.no_grad():
         assert fused.kernels_for(False, 6, x) is not None
         assert fused.kernels_for(True, 6, x) is None
-        assert fused.kernels_for(False, fused.FEW_TOKENS + 1, x) is None
+        assert fused.kernels_for(False, fused.SHORT_TEXT + 1, x) is None
+        assert fused.kernels_for(False, fused.SHORT_TEXT + 1, x, most=math.inf) is not None
         assert fused.kernels_for(False, 6, x.half()) is None
         assert fused.kernels_for(False, 6, x, x.bfloat16()) is None
         assert fused.kernels_for(False, 6, x.transpose(1, 2)) is None
@@ -423,8 +448,8 @@ def test_an_adapter_of_an_indexers_weights_is_heard(generation, monkeypatch):
             module.weights_proj = Adapter(module.weights_proj)
     ids = torch.randint(5, 4000, (1, 120))
     logits = []
-    for tokens in (fused.FEW_TOKENS, 0):
-        monkeypatch.setattr(fused, "FEW_TOKENS", tokens)
+    for tokens in (fused.SHORT_TEXT, 0):
+        monkeypatch.setattr(fused, "SHORT_TEXT", tokens)
         with torch.no_grad():
             cache = model(ids[:, :117], use_cache=True).past_key_values
             steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in (117, 118, 119)]

@@ -202,6 +202,7 @@ def test_outputs_as_tuple():
     torch.testing.assert_close(logits, named.logits)
 
 
+@pytest.mark.usefixtures("long_texts")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [110, 50])
 def test_resizing_the_vocabulary(tmp_path, size, tied):

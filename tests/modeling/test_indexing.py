@@ -56,6 +56,7 @@ def test_one_query_and_many_have_the_same_scores(heads, width, keys):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("long_texts")
 @pytest.mark.parametrize("generation", MODULES)
 def test_offloaded_weights_are_computed_with(generation):
     """An offloaded module has its weight only while it is called; read from outside, the choice would be silly."""

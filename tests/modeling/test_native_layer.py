@@ -15,7 +15,10 @@ from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import RoutedExperts
 from fathom.modeling.modeling_fathom import FathomForCausalLM
 
-pytestmark = pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not native.wait(), reason="there is no C++ compiler"),
+    pytest.mark.usefixtures("long_texts"),  # calls of steps are counted
+]
 
 # Of the largest logit. Experts and shared experts are rounded apart from each other in modules, together in a layer.
 CLOSE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}

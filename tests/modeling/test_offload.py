@@ -8,6 +8,8 @@ from generations import GENERATIONS, config, model, tokens
 
 from fathom import FathomForCausalLM, FathomForSequenceClassification
 
+pytestmark = pytest.mark.usefixtures("long_texts")
+
 
 def dispatched(folder: Path, memory: float, model_class: type = FathomForCausalLM, **settings):
     """Loaded with at most so many bytes in memory; the other weights stay on disk."""

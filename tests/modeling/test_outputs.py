@@ -35,6 +35,7 @@ def layer_inputs(ours: FathomForCausalLM) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("long_texts")
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_hidden_states(generation, with_labels):

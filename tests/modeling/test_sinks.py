@@ -197,7 +197,7 @@ def test_parts_of_a_chunk_over_a_cache(alone, monkeypatch):
 @pytest.mark.parametrize("lengths", [1, 8])
 def test_decoding_reads_the_window_and_the_chosen_entries(monkeypatch, lengths):
     """Token by token and by few keys, the logits of the definition over the whole text; one row is padded."""
-    monkeypatch.setattr(fused, "FEW_TOKENS", 0)
+    monkeypatch.setattr(fused, "SHORT_TEXT", 0)
     monkeypatch.setattr(compressed_attention, "LENGTHS", lengths)
     ours, ids = model(), tokens(2, 60)
     mask = torch.ones(2, 60, dtype=torch.long)
