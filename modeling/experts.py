@@ -282,11 +282,15 @@ def sorted_mm_experts_forward(
     return in_parts(partial(_sorted_experts, experts), hidden_states, indices, weights)
 
 
+def _dtype_of_products(hidden_states: torch.Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+
+
 def _one_after_another(
     experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    dtype = _dtype_of_products(hidden_states)
     learning = hidden_states, weights, experts.gate_up_proj, experts.down_proj
     return SortedExperts.apply(*learning, indices, experts.swiglu_limit, dtype, torch.is_grad_enabled())
 
@@ -300,8 +304,7 @@ def _is_swiglu(experts: RoutedExperts) -> bool:
 def _sorted_experts(
     experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    dtype = _dtype_of_products(hidden_states)
     slots = sort_slots(indices, experts.num_experts, fill=dtype != torch.float32)
     rows, token = slots.rows, slots.token
     # Weighing the inner activations instead of the outputs is the same and touches fewer numbers.

@@ -22,9 +22,13 @@ def gated_activation(
     gate: torch.Tensor, up: torch.Tensor, act_fn: Callable, limit: float | None = None
 ) -> torch.Tensor:
     """`act(gate) * up`; with a limit both are clamped before."""
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    gate, up = clamped(gate, up, limit)
     return act_fn(gate) * up
+
+
+def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the activation takes, and what it is multiplied by; None: as they are."""
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(min=-limit, max=limit))
 
 
 class FeedForward(nn.Module):

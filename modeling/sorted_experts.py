@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .feed_forward import clamped
 from .products import matrix_product, transposed_product
 
 # An expert's rows are filled up to a multiple of the larger number, or of the smaller one where experts have few:
@@ -84,7 +85,8 @@ class SortedExperts(torch.autograd.Function):
             gate_up = product(x.index_select(0, token), w_1[expert])  # [rows, 2 I]
             if learns:
                 kept.append(gate_up)
-            gate, up = _clamped(gate_up, limit)
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate, up = clamped(gate, up, limit)
             inner = F.silu(gate).mul_(up).mul_(shares[expert])
             output.index_add_(0, token, product(inner, w_2[expert]).to(output.dtype))
         ctx.save_for_backward(hidden_states, weights, gate_up_proj, down_proj, *kept)
@@ -106,7 +108,8 @@ class SortedExperts(torch.autograd.Function):
         for expert, token in enumerate(slots.token.split(slots.rows)):
             if not len(token):
                 continue
-            gate, up = _clamped(kept[expert], limit)
+            gate, up = kept[expert].chunk(2, dim=-1)
+            gate, up = clamped(gate, up, limit)
             rows = slope.index_select(0, token)
             activated = F.silu(gate)
             inner = activated * up
@@ -129,9 +132,3 @@ class SortedExperts(torch.autograd.Function):
         of_choices = of_rows if slots.place is None else of_rows.index_select(0, slots.place)
         grad_weights = torch.empty_like(of_choices).index_copy_(0, slots.order, of_choices).view_as(weights)
         return grad_hidden, grad_weights, grad_gate_up, grad_down, None, None, None, None
-
-
-def _clamped(gate_up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, ...]:
-    """[rows, 2 I] -> what the activation takes and what it is multiplied by, [rows, I] each."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(min=-limit, max=limit))
