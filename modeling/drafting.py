@@ -36,7 +36,7 @@ from .cache import FathomDynamicCache, cache_layer
 from .fused import project
 
 PLAIN_STEPS = 5  # whose median is the cost of plain decoding; the first may be slow
-DRAFT_STEPS = 16  # that are looked back on to compare with it
+DRAFT_STEPS = 8  # that are looked back on to compare with it
 FIRST_STEPS = 2  # with drafts, that may be slow and are not looked back on
 
 
