@@ -7,8 +7,10 @@ fathom chat                   the newest checkpoint below --models_dir, or else 
 """
 
 import errno
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -63,8 +65,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"port    {options.port} is taken, using {port}")
     if options.host not in LOOPBACK:
         print(f"note    anyone who reaches {options.host} can use this page")
+    # Not by KeyboardInterrupt, which is lost where it is raised in a destructor.
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     print(f"chat    {url}  (Ctrl-C ends it)", flush=True)
-    app.block_thread()
+    ended.wait()
+    app.close()
     return 0
 
 
