@@ -417,12 +417,9 @@ class DraftDecoder:
                 self.draft_probabilities.append(scores.softmax(dim=-1))
                 draft = self.draft_probabilities[-1].multinomial(1)
             self.texts.scatter_(1, ends + (depth - 1), draft)
-        if self.depths > 1:
-            first = min(last) - self.depths + 2
-            # Those that are read again, and behind them what is none of the row's.
-            self.drafts.forget(
-                [[c > end - self.depths + 1 for c in range(first, count)] for end in last], tokens.columns
-            )
+        # Those that are read again, and behind them what is none of the row's.
+        read_again = range(min(last) - self.depths + 2, count)
+        self.drafts.forget([[column > end - self.depths + 1 for column in read_again] for end in last], ends)
 
 
 def check_draft_decoding(config, generation_config, past_key_values: Cache | None, synced_gpus: bool) -> None:

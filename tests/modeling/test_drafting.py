@@ -191,6 +191,26 @@ def test_a_text_longer_than_the_model_knows_is_warned_of(monkeypatch):
     assert warned == [8, 9]
 
 
+@pytest.mark.parametrize("rows", [1, 4], ids=["alone", "batch"])
+@every_depth
+def test_caches_forget_what_windows_have_left(monkeypatch, depths, rows):
+    """Those of the MTP layers too, although all drafts may be kept and nothing is cropped."""
+    ours, (ids, mask), caches = drafter("v4", depths), prompts(rows), []
+
+    class Seen(drafting.Columns):
+        def __init__(self, cache, real):
+            super().__init__(cache, real)
+            caches.append(cache)
+
+    monkeypatch.setattr(drafting, "Columns", Seen)
+    drafted(ours, ids, mask)
+    layers = [layer for cache in caches for layer in cache.layers]
+    assert len(layers) == ours.config.num_hidden_layers + depths
+    for layer in layers:
+        for name, held in layer.tokens.items():
+            assert held.shape[1] <= layer.needed(name) + depths + 1
+
+
 class Pieces(BaseStreamer):
     def __init__(self):
         self.pieces: list[torch.Tensor] = []
