@@ -87,31 +87,28 @@ class Columns:
 
     def __init__(self, cache: Cache, real: torch.Tensor | None):
         self.cache = cache
-        self.count = int(cache.get_seq_length())
         self.real = real
         cache.activate_past_recording()
 
     def extend(self, tokens: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
         """Adds tokens [B, T], of which some are `real` (None: all), and returns the attention mask (None: all)."""
         if real is not None or self.real is not None:
-            before = all_real(tokens, self.count) if self.real is None else self.real
+            before = all_real(tokens, int(self.cache.get_seq_length())) if self.real is None else self.real
             self.real = torch.cat((before, all_real(tokens, tokens.shape[1]) if real is None else real), dim=1)
-        self.count += tokens.shape[1]
         return None if self.real is None else self.real.long()
 
     def forget(self, refused: list[list[bool]], tokens: torch.Tensor) -> None:
         """Turns those of the newest tokens into padding that `refused` says, [B][T]; `tokens` are any of the rows."""
-        columns = list(zip(*refused, strict=True))
+        count, columns = int(self.cache.get_seq_length()), list(zip(*refused, strict=True))
         trailing = sum(1 for _ in takewhile(all, reversed(columns)))
         if any(any(column) for column in columns[: len(columns) - trailing]):
             hidden = torch.tensor(columns, device=tokens.device).T
-            self.real = all_real(tokens, self.count) if self.real is None else self.real
-            self.real[:, self.count - len(columns) :] &= ~hidden
+            self.real = all_real(tokens, count) if self.real is None else self.real
+            self.real[:, count - len(columns) :] &= ~hidden
             # Before the crop: what it forgets of old tokens depends on which new ones count.
             for layer in self.cache.layers:
                 layer.hide(hidden)
-        self.count -= trailing
-        self.real = None if self.real is None else self.real[:, : self.count]
+        self.real = None if self.real is None else self.real[:, : count - trailing]
         self.cache.crop(-trailing)
 
 

@@ -59,6 +59,23 @@ class Chosen(NamedTuple):
     visible: torch.Tensor
 
 
+class IndexerInputs(NamedTuple):
+    """What an indexer chooses by; see `LightningIndexer.scores`."""
+
+    hidden_states: torch.Tensor
+    q_latent: torch.Tensor
+    keys: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+
+    def part(self, queries: slice, keys: int) -> "IndexerInputs":
+        """The same of some queries and of the first keys."""
+        cos, sin = self.position_embeddings
+        rotation = cos[:, queries], sin[:, queries]
+        return IndexerInputs(
+            self.hidden_states[:, queries], self.q_latent[:, queries], self.keys[:, :, :keys], rotation
+        )
+
+
 class LightningIndexer(TrainableIndexer):
     """Scores every key for every query. Computes in fp32: rounding would choose other keys."""
 
@@ -177,8 +194,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
             if output is not None:
                 return MixerOutput(project(output, self.o_proj)[0], None)
         if selects and not reports and self.parts_pay(query):
-            given = hidden_states, q_latent, index_keys, position_embeddings
-            choice, read = partial(self.choice, *given), partial(self.read_part, query, latents, *given)
+            given = IndexerInputs(hidden_states, q_latent, index_keys, position_embeddings)
+            choice, read = partial(self.choice, given), partial(self.read_part, query, latents, given)
             output, weights = self.attend_in_parts(query, latents, attention_mask, choice, read, **kwargs)
             return MixerOutput(self.o_proj(output), weights)
         if selects or reports:
@@ -220,42 +237,22 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
 
     @torch.no_grad()
-    def choice(
-        self,
-        hidden_states: torch.Tensor,
-        q_latent: torch.Tensor,
-        index_keys: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        part: slice,
-        visible: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def choice(self, inputs: IndexerInputs, part: slice, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a `part` of the queries reads of its `visible` keys, bool [B or 1, t, S], as `best_keys` says it."""
-        cos, sin = position_embeddings
-        scores = self.indexer.scores(
-            hidden_states[:, part],
-            q_latent[:, part],
-            index_keys[:, :, : visible.shape[-1]],
-            (cos[:, part], sin[:, part]),
-        )
+        scores = self.indexer.scores(*inputs.part(part, visible.shape[-1]))
         return best_keys(scores.masked_fill_(~visible, float("-inf")), self.index_topk)
 
     def read_part(
         self,
         query: torch.Tensor,
         latents: torch.Tensor,
-        hidden_states: torch.Tensor,
-        q_latent: torch.Tensor,
-        index_keys: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        inputs: IndexerInputs,
         part: slice,
         visible: torch.Tensor,
     ) -> torch.Tensor | None:
         """Chooses and attends for a `part` of the queries by native functions, [B, t, H * D_v]; None without them."""
-        keys = index_keys[:, :, : visible.shape[-1]]
-        rotation = position_embeddings[0][:, part], position_embeddings[1][:, part]
-        mask = visible.unsqueeze(1)
-        some = hidden_states[:, part], q_latent[:, part]
-        chosen = self.indexer.choose(*some, keys, rotation, mask, self.index_topk, most=math.inf)
+        some = inputs.part(part, visible.shape[-1])
+        chosen = self.indexer.choose(*some, visible.unsqueeze(1), self.index_topk, most=math.inf)
         if chosen is None:
             return None
         return self.fused_attention(query[:, :, part], latents, chosen.visible, chosen.indices, most=math.inf)
