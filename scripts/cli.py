@@ -5,6 +5,7 @@ A verb module offers `main(argv) -> int`. `run` gives every verb the same manner
 on stderr and exit code 2, training that diverges in one and exit code 1, Ctrl-C in exit code 130.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,13 +39,28 @@ def usage() -> str:
 def run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Calls a verb and turns its exceptions into exit codes: 0 done, 1 diverged, 2 bad input, 130 interrupted."""
     try:
-        return main(argv)
+        code = main(argv)
     except (UserError, DivergedError) as error:
         print(f"fathom {verb}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print(f"fathom {verb}: interrupted", file=sys.stderr)
         return 130
+    # At the exit, for who called may go on with the group. Not after a crash, which the other processes have not seen.
+    atexit.unregister(end_process_group)
+    atexit.register(end_process_group)
+    return code
+
+
+def end_process_group() -> None:
+    """Of a verb that torchrun has started on several processes.
+
+    gloo's threads give back the tensors of the last collective when they come to it, and abort the process if Python
+    has ended by then (pytorch issue 190489).
+    """
+    distributed = sys.modules.get("torch.distributed")  # most verbs need none of it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def main(argv: Sequence[str]) -> int:

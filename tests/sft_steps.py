@@ -160,3 +160,4 @@ if __name__ == "__main__":
     else:
         for kind in KINDS:
             train(kind, Path(sys.argv[1]) / kind, batch=2, accumulation=2)
+    PartialState().destroy_process_group()

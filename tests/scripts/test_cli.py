@@ -61,6 +61,28 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         cli.run("dive", main, [])
 
 
+def test_processes_end_their_group_before_python_does(tmp_path):
+    """Else gloo's threads now and then abort a process that is done (seldom with one process, so it is asked for)."""
+    script = tmp_path / "verb.py"
+    script.write_text(
+        "import atexit, sys\n"
+        "import torch\n"
+        "import torch.distributed as dist\n"
+        "from fathom.scripts import cli\n"
+        "def main(argv):\n"
+        "    dist.init_process_group('gloo', init_method=f'file://{argv[0]}', rank=0, world_size=1)\n"
+        "    dist.all_reduce(torch.zeros(1))\n"
+        "    return 0\n"
+        "atexit.register(lambda: print('at exit', dist.is_initialized()))\n"
+        "code = cli.run('sum', main, sys.argv[1:])\n"
+        "print('after the verb', dist.is_initialized())\n"
+        "sys.exit(code)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stdout) == (0, "after the verb True\nat exit False\n"), process.stderr
+
+
 def test_each_verb_is_a_file_and_each_file_a_verb():
     files = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__", "cli", "arguments"}
     assert files == set(cli.VERBS)
