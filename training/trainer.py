@@ -57,15 +57,20 @@ class RouterBiasCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training at the next step boundary, with a checkpoint; a second one at once."""
+    """Ctrl-C (SIGINT) or SIGTERM ends training at the next step boundary, with a checkpoint; a second one at once.
+
+    Attributes:
+        asked: whether this process had a signal. torchrun sends one to each, now and then some steps apart.
+        interrupted: whether any process had, and all know it.
+    """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.asked = self.interrupted = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the two signals over for the duration of the block; Python allows that in the main thread alone."""
-        self.interrupted = False
+        self.asked = self.interrupted = False
         previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -76,15 +81,16 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self.asked:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.asked = True
         print("\ninterrupted: saving after this step (once more to stop at once)", flush=True)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.interrupted = self.asked
         if dist.is_available() and dist.is_initialized():
             # A signal reaches the processes at different steps, or only one of them; they must stop at the same.
-            anyone = torch.tensor(float(self.interrupted), device=args.device)
+            anyone = torch.tensor(float(self.asked), device=args.device)
             dist.all_reduce(anyone, dist.ReduceOp.MAX)
             self.interrupted = bool(anyone)
         if self.interrupted:

@@ -173,10 +173,12 @@ def test_ctrl_c_stops_all_processes_at_the_same_step_with_a_checkpoint(data):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    stopped = int(re.search(r"stopped after step (\d+), checkpoint saved; continue with", output)[1])
+    found = re.search(r"stopped after step (\d+), checkpoint saved; continue with", output)
+    assert found, output + errors
+    stopped = int(found[1])
     assert f"torchrun --nproc_per_node 2 -m fathom.scripts.pretrain {shlex.join(words)} --resume" in output
     checkpoint = out / f"checkpoint-{stopped}"
     assert {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in checkpoint.iterdir()}

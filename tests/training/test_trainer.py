@@ -4,20 +4,23 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny_runs import LENGTH, VOCABULARY, model, trainer
 from tiny_runs import packed_rows as rows
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from fathom import FathomConfig, FathomForCausalLM, FathomForSequenceClassification, FathomTrainer, RouterBiasCallback
 from fathom.modeling.experts import TopKRouter
 from fathom.training.diagnostics import load_ratio
 from fathom.training.optimizers import MuonFactory
 from fathom.training.packing import IGNORED, collate_rows
+from fathom.training.trainer import InterruptCallback
 
 
 def logged(fathom_trainer, name: str) -> list[float]:
@@ -289,6 +292,30 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         of_run.train()
     assert signal.getsignal(signal.SIGINT) is before
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_signals_reach_the_processes_at_different_times(monkeypatch):
+    """One that comes when others have said so already is a process's first; one that comes meanwhile is not lost."""
+    callback, args = InterruptCallback(), SimpleNamespace(device="cpu")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda anyone, op: anyone.fill_(1.0))
+    control = TrainerControl()
+    callback.on_step_end(args, TrainerState(), control)
+    assert callback.interrupted
+    assert control.should_save
+    assert control.should_training_stop
+    with callback.listening():
+        callback.interrupted = True
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with callback.listening():
+        monkeypatch.setattr(dist, "all_reduce", lambda anyone, op: signal.raise_signal(signal.SIGINT))
+        callback.on_step_end(args, TrainerState(), TrainerControl())
+        assert not callback.interrupted
+        monkeypatch.setattr(dist, "all_reduce", lambda anyone, op: None)
+        callback.on_step_end(args, TrainerState(), TrainerControl())
+        assert callback.interrupted
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path):
