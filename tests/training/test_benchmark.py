@@ -131,6 +131,8 @@ def test_int8_beside_bf16(pair):
     assert 0.5 <= figures["int8"]["weight_bytes"] / figures["fathom"]["weight_bytes"] < 0.7
     with pytest.raises(UserError, match="add fathom to --contenders"):
         replace(plan, contenders=["stock", "int8"])
+    with pytest.raises(UserError, match="add fathom to --contenders"):
+        replace(plan, contenders=["stock"])
 
 
 @pytest.mark.parametrize(

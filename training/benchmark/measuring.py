@@ -131,6 +131,8 @@ class Plan:
                 raise UserError(f"--contenders {each} takes part in {' and '.join(where)}; add it to --kinds")
         if "int8" in self.contenders and "fathom" not in self.contenders:
             raise UserError("int8 is measured beside the model that it is made of; add fathom to --contenders")
+        if self.contenders == ["stock"]:
+            raise UserError("how much work there is, is counted on a Fathom model; add fathom to --contenders")
         if "draft" in self.contenders and self.checkpoint is None:
             raise UserError("random weights accept no drafts; measure `draft` on a trained model, with --model")
         if self.checkpoint is not None and self.override:
