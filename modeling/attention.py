@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention import causal_attention, serves
+from .cache import FathomCache
 from .fused import PLAIN, is_plain, kernels_for, kernels_of, one_for_all_heads, readable
 from .memory import give_back_freed_memory
 from .normalization import FathomRMSNorm
@@ -35,6 +36,10 @@ from .rotary import apply_rotary, yarn_softmax_scale
 
 # Of longer texts MLA has the queries, keys and values of fewer heads at a time, where no gradient is asked for.
 TOKENS_OF_ALL_HEADS = 8192
+
+
+def is_read_by_heads(tokens: int) -> bool:
+    return tokens > TOKENS_OF_ALL_HEADS
 
 
 class MixerOutput(NamedTuple):
@@ -57,6 +62,19 @@ class FathomAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.attention_dropout = config.attention_dropout
         self.num_key_value_groups = 1
+
+    def remember_but_last(self, hidden_states: torch.Tensor, past_key_values: FathomCache, **inputs) -> None:
+        """Caches what later queries need of hidden states [B, T, d] but the last, and computes no output.
+
+        Args:
+            inputs: as in `forward`, of which a mask is not needed.
+        """
+        raise NotImplementedError("a token mixer caches what it needs")
+
+    def update_but_last(self, cache: FathomCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Caches keys and values [B, H, T, D] of all tokens but the last, for which there is room."""
+        cache.update(keys, values, self.layer_idx)
+        cache.layer(self.layer_idx).crop(-1)
 
     def attend(
         self,
@@ -181,17 +199,29 @@ class MultiHeadAttention(FathomAttention):
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = mapped(hidden_states, self.q_proj).view(heads).transpose(1, 2)  # [B, H, T, D]
-        key = mapped(hidden_states, self.k_proj).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
-        value = mapped(hidden_states, self.v_proj).view(heads).transpose(1, 2)  # [B, H_kv, T, D]
-        if position_embeddings is not None:
-            query = apply_rotary(query, *position_embeddings, interleaved=self.rope_interleave)
-            key = apply_rotary(key, *position_embeddings, interleaved=self.rope_interleave)
+        query = self.heads(mapped(hidden_states, self.q_proj), position_embeddings)  # [B, H, T, D]
+        key, value = self.keys_and_values(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return MixerOutput(mapped(output, self.o_proj), weights)
+
+    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
+        self.update_but_last(past_key_values, *self.keys_and_values(hidden_states, position_embeddings))
+
+    def keys_and_values(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached of hidden states [B, T, d]: keys and values, [B, H_kv, T, D]."""
+        key = self.heads(mapped(hidden_states, self.k_proj), position_embeddings)
+        return key, self.heads(mapped(hidden_states, self.v_proj), None)
+
+    def heads(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """[B, T, H D] -> [B, H, T, D], rotated where positions are given."""
+        x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if position_embeddings is None:
+            return x
+        return apply_rotary(x, *position_embeddings, interleaved=self.rope_interleave)
 
 
 class MultiHeadLatentAttention(FathomAttention):
@@ -249,6 +279,17 @@ class MultiHeadLatentAttention(FathomAttention):
             output, weights = self.attend_latents(query, latents, attention_mask, **kwargs)
         return MixerOutput(project(output, self.o_proj)[0], weights)
 
+    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
+        latents = self.latents(hidden_states, position_embeddings)
+        self.update_but_last(past_key_values, latents, latents[..., :0])
+
+    def latents(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """What is cached of hidden states [B, T, d], as `queries_and_latents` says it."""
+        (latents,) = project(hidden_states, self.kv_a_proj_with_mqa)
+        return self.normed_latents(latents, position_embeddings)
+
     def compress(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries, and what keys and values are expanded from.
 
@@ -276,9 +317,8 @@ class MultiHeadLatentAttention(FathomAttention):
         (query,) = project(q_latent, self.q_b_proj if self.compresses_queries else self.q_proj)
         query = query.view(*q_latent.shape[:-1], self.num_heads, self.qk_head_dim)  # [B, T, H, D + P]
         norm, rank = self.kv_a_layernorm, self.kv_lora_rank
-        kernels = kernels_for(
-            self.training, q_latent.shape[:2].numel(), query, latents, norm.weight, *position_embeddings
-        )
+        given = query, latents, norm.weight, *position_embeddings
+        kernels = kernels_for(self.training, q_latent.shape[:2].numel(), *given, any_text=True)
         if kernels is not None:
             rotate = partial(kernels.norm_rotate, interleaved=self.rope_interleave)
             query = rotate(query, *position_embeddings, first=self.qk_nope_head_dim)
@@ -304,7 +344,7 @@ class MultiHeadLatentAttention(FathomAttention):
 
     def reads_by_heads(self, tokens: int) -> bool:
         """Whether a text of so many tokens is long enough, and the maps plain enough, for `attend_by_heads`."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or tokens <= TOKENS_OF_ALL_HEADS:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_read_by_heads(tokens):
             return False
         queries = self.q_b_proj if self.compresses_queries else self.q_proj
         plain = is_plain(queries) and type(queries.weight) in PLAIN and not queries.weight.is_meta
@@ -365,17 +405,16 @@ class MultiHeadLatentAttention(FathomAttention):
         """Attention in the cheaper of the two ways below. Returns [B, T, H * D_v] and weights."""
         # Without a mask several queries are causal (the prompt of a static cache), which SDPA knows and absorbing not.
         masked = attention_mask is not None or query.shape[2] == 1
-        absorbs = masked and self.absorbing_pays(query, latents) and self.knows_expansion()
+        absorbs = masked and self.absorbing_pays(query.shape[2], latents.shape[2]) and self.knows_expansion()
         attend = self.absorbed_attention if absorbs else self.expanded_attention
         return attend(query, latents, attention_mask, **kwargs)
 
-    def absorbing_pays(self, query: torch.Tensor, latents: torch.Tensor) -> bool:
+    def absorbing_pays(self, new_tokens: int, all_tokens: int) -> bool:
         """Whether attention over the latents needs fewer multiplications than expanding them first.
 
         Per key token and head, expanding costs R (D + D_v) once; a query costs 2 R + P absorbed and D + P + D_v
         expanded. Only eager and SDPA masks are understood by the absorbed path, and a training step expands.
         """
-        new_tokens, all_tokens = query.shape[2], latents.shape[2]
         if new_tokens == all_tokens or self.config._attn_implementation not in ("eager", "sdpa"):
             return False
         expanded_width = self.qk_nope_head_dim + self.v_head_dim

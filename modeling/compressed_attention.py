@@ -139,19 +139,7 @@ class SlidingWindowAttention(FathomAttention):
         (query,) = project(q_latent, self.q_b_proj)
         query = query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         query = rotate_end(query, *rotation, training=self.training, norm_eps=self.norm_eps)  # [B, H, T, D]
-        key = rotate_end(self.kv_norm(key).unsqueeze(1), *rotation, training=self.training).squeeze(1)  # [B, T, D]
-
-        layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
-        streams = {"places": places, "window": key, **self.contributions(hidden_states)}
-        if layer is not None:
-            streams = layer.append_tokens(**streams)
-        keys = streams["window"]  # [B, S, D]
-        key_places = streams["places"][:, -keys.shape[1] :]
-        entries = {"compressor": keys[:, :0], "places": key_places[:, :0]}
-        if self.compressor is not None:
-            entries = self.entries(streams, places, layer)
-        if past_key_values is not None:
-            past_key_values.release(self.layer_idx)
+        keys, key_places, entries = self.keys_and_entries(hidden_states, key, rotation, places, past_key_values)
 
         report = None
         select = partial(self.select, hidden_states, q_latent, rotation, places, entries)
@@ -186,6 +174,43 @@ class SlidingWindowAttention(FathomAttention):
         output = output.transpose(1, 2).flatten(2).unflatten(-1, (self.o_groups, -1))  # [B, T, G, H D / G]
         output = self.o_a_proj(output).flatten(2)
         return MixerOutput(project(output, self.o_b_proj)[0], weights, report)
+
+    def remember_but_last(self, hidden_states, past_key_values, places=None, **_) -> None:
+        # A window cannot forget a token: what it lets go for it is gone.
+        hidden_states, places = hidden_states[:, :-1], places[:, :-1]
+        rotation = self.rotation(hidden_states, places, None)
+        (key,) = project(hidden_states, self.kv_proj)
+        self.keys_and_entries(hidden_states, key, rotation, places, past_key_values)
+
+    def keys_and_entries(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        places: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """What queries at `places` [B, T] read, with what is cached; the new tokens' part of it is cached as well.
+
+        Args:
+            hidden_states: [B, T, d]. key: their keys, neither normed nor rotated [B, T, D].
+
+        Returns:
+            Keys [B, S, D], their places [B, S], and entries as `entries` returns them.
+        """
+        key = rotate_end(self.kv_norm(key).unsqueeze(1), *rotation, training=self.training).squeeze(1)  # [B, T, D]
+        layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
+        streams = {"places": places, "window": key, **self.contributions(hidden_states)}
+        if layer is not None:
+            streams = layer.append_tokens(**streams)
+        keys = streams["window"]
+        key_places = streams["places"][:, -keys.shape[1] :]
+        entries = {"compressor": keys[:, :0], "places": key_places[:, :0]}
+        if self.compressor is not None:
+            entries = self.entries(streams, places, layer)
+        if past_key_values is not None:
+            past_key_values.release(self.layer_idx)
+        return keys, key_places, entries
 
     def rotation(
         self, hidden_states: torch.Tensor, places: torch.Tensor, rotations: dict | None

@@ -17,7 +17,7 @@ from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
 from .layer_operator import decode_in_graph, know
 from .native_compressed import decode_compressed
-from .native_layer import decode_channels, decode_layer
+from .native_layer import decode_channels, decode_layer, remember_but_last
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
 from .sparse_attention import DeepseekSparseAttention
@@ -118,6 +118,17 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.ffn_hc.write(hidden_states, mixed, mixing)
         return LayerOutput(hidden_states, expert_counts, balance_loss, indexer_report)
 
+    def remember_but_last(self, hidden_states: torch.Tensor, **inputs) -> None:
+        """Caches what later tokens need of all of these, [B, T, d] or [B, T, n, d], but the last; computes no output.
+
+        Args:
+            inputs: as in `forward`, with a cache.
+        """
+        if remember_but_last(self, hidden_states, **inputs):
+            return
+        mixer_input, _ = self.attn_hc(hidden_states)
+        self.self_attn.remember_but_last(self.input_layernorm(mixer_input), **inputs)
+
     def decoded(
         self,
         hidden_states: torch.Tensor,
@@ -130,11 +141,13 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         rotations: dict | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Output and expert counts of a decoding step by native calls; None where modules are to be called."""
+        """Output and expert counts by native calls; None where modules are to be called."""
         compiles = torch.compiler.is_compiling()
         if places is not None:
             shared = places, past_key_values, token_mask, input_ids, rotations
             return None if compiles else decode_compressed(self, hidden_states, *shared)
+        if kwargs.get("is_causal") is False:
+            return None
         decode = decode_in_graph if compiles else decode_layer
         shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
         return decode(self, hidden_states, *shared)

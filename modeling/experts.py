@@ -267,7 +267,7 @@ def sorted_mm_experts_forward(
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
     if isinstance(experts.act_fn, SILU):
         parameters = experts.gate_up_proj, experts.down_proj
-        kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters)
+        kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters, any_text=True)
         if kernels is not None:
             return kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
     if not torch.is_grad_enabled() and 2 * slots <= experts.num_experts:

@@ -1,8 +1,8 @@
-"""Decoding steps and short texts by the functions of `kernels/`.
+"""Decoding steps and texts by the functions of `kernels/`.
 
-Where a few tokens are read, PyTorch spends more time on dispatching its many small operations than on computing.
-Modules ask `kernels_for` whether the native functions can do their work; where it says None they go on with
-their own definition, which these functions are equal to:
+Where a few tokens are read, PyTorch spends more time on dispatching its many small operations than on computing; where
+many are, every operation writes what the next one reads again. Modules ask `kernels_for` whether the native functions
+can do their work; where it says None they go on with their own definition, which these functions are equal to:
 
     project, project_groups   nn.Linear; GroupedLinear
     norm_rotate               FathomRMSNorm, apply_rotary
@@ -26,6 +26,7 @@ K chosen, E experts, n residual streams, d width.
 import ctypes
 import math
 import re
+from functools import cache
 from itertools import count
 
 import torch
@@ -36,7 +37,8 @@ from .native import is_ready, library
 
 # Tokens of a decoding step: drafts, and rows of a batch.
 FEW_TOKENS = 16
-# Tokens of a short text: beyond, matrix products are large enough for PyTorch's (`LOG.md`, "short texts").
+# Tokens of a short text. Beyond, functions that are made for few tokens are slower than PyTorch's, and others put
+# weights into columns first (`kernels/columns.h`).
 SHORT_TEXT = 128
 # Numbers of a weight from which on a compiled graph leaves its product with a few tokens to the native function.
 LARGE = 2**19
@@ -48,7 +50,12 @@ _kernels: dict[torch.dtype, "Kernels"] = {}
 
 
 def kernels_for(
-    training: bool, tokens: int, x: torch.Tensor, *weights: torch.Tensor, most: float | None = None
+    training: bool,
+    tokens: int,
+    x: torch.Tensor,
+    *weights: torch.Tensor,
+    most: float | None = None,
+    any_text: bool = False,
 ) -> "Kernels | None":
     """The native functions, if they can take `x` and weights: few tokens on a CPU, of one dtype, and no gradients.
 
@@ -59,9 +66,12 @@ def kernels_for(
         training: the module's mode. Gradient checkpointing runs layers without gradients first, to run them again with;
             both must be the same.
         most: the largest number of tokens; None: `SHORT_TEXT`.
+        any_text: whether the functions serve texts of any length where `multiplies_texts` says so.
     """
     # In a graph the number of tokens may not be asked for.
-    if torch.compiler.is_compiling() or tokens > (SHORT_TEXT if most is None else most):
+    if torch.compiler.is_compiling():
+        return None
+    if tokens > (SHORT_TEXT if most is None else most) and not (any_text and multiplies_texts(x.dtype)):
         return None
     kernels = kernels_of(training, x)
     if kernels is None:
@@ -70,6 +80,23 @@ def kernels_for(
         if type(each) not in PLAIN or each.dtype is not x.dtype or not each.is_cpu or not each.is_contiguous():
             return None
     return kernels
+
+
+def is_short_text(tokens: int) -> bool:
+    return tokens <= SHORT_TEXT
+
+
+@cache
+def multiplies_texts(dtype: torch.dtype) -> bool:
+    """Whether native products of many tokens are as fast on this processor as those of the libraries PyTorch calls.
+
+    They are written for vectors of 512 bits, and those in bf16 for the instruction that multiplies pairs. Where there
+    are tiles (AMX), oneDNN uses them.
+    """
+    about: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    if dtype is torch.float32:
+        return about.get("avx512_f", False)
+    return about.get("avx512_bf16", False) and not about.get("amx_bf16", False)
 
 
 def kernels_of(training: bool, x: torch.Tensor) -> "Kernels | None":
@@ -99,7 +126,7 @@ def project(x: torch.Tensor, *maps: nn.Module) -> list[torch.Tensor]:
         return [_project_in_graph(x, each) for each in maps]
     if x.dim() == 3 and all(map(is_plain, maps)):
         weights = [each.weight for each in maps]
-        kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *weights)
+        kernels = kernels_for(maps[0].training, x.shape[0] * x.shape[1], x, *weights, any_text=True)
         if kernels is not None:
             return kernels.project(x, *weights)
     return [each(x) for each in maps]
@@ -221,6 +248,7 @@ class Kernels:
             first,
             interleaved,
             -1.0 if backwards else 1.0,
+            torch.get_num_threads(),
         )
         return output
 
@@ -230,7 +258,7 @@ class Kernels:
         width = x.shape[-1]
         self.functions.norm_rotate(
             *(x.data_ptr(), output.data_ptr(), x.numel() // width, 1, width, weight.data_ptr(), width, eps),
-            *(None, None, 1, 0, 0, 0, 1.0),
+            *(None, None, 1, 0, 0, 0, 1.0, torch.get_num_threads()),
         )
         return output
 

@@ -53,8 +53,10 @@ from .fused import project
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .indexing import TrainableIndexer
 from .int8 import is_quantized, quantize
+from .last_token import of_last, reads_last_alone
 from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
 from .masks import causal_mask
+from .memory import keep_freed_memory
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
 from .native_layer import forget
 from .normalization import FathomRMSNorm
@@ -304,6 +306,7 @@ class FathomModel(FathomPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        only_last: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FathomModelOutput:
         """Runs the main layers.
@@ -316,11 +319,14 @@ class FathomModel(FathomPreTrainedModel):
                 unless a filled cache or an attention mask is given.
             past_key_values: cache of the tokens before these.
             use_cache: return a cache; never in training.
+            only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
+                alone (`last_token`), and the output has T = 1.
             report_indexer (in kwargs): also return what `indexing.REPORT` says of the indexers.
         """
         self.check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        keep_freed_memory(inputs_embeds)
 
         if past_key_values is not None:
             adopt_cache(past_key_values, self.config)
@@ -333,12 +339,15 @@ class FathomModel(FathomPreTrainedModel):
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         del inputs_embeds  # of a long text, nothing else holds them
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
+        inputs = {"past_key_values": past_key_values, "input_ids": input_ids, **layer_inputs, **kwargs}
         statistics: list[LayerStatistics] = []
+        last = self.layers[self.config.num_hidden_layers - 1]
         for layer in islice(self.layers, self.config.num_hidden_layers):
+            if only_last and layer is last and reads_last_alone(self, hidden_states, **inputs):
+                layer.remember_but_last(hidden_states, **inputs)
+                hidden_states, inputs = hidden_states[:, -1:].contiguous(), of_last(inputs)
             # A list of all that layers return would hold every layer's hidden states, which are long where texts are.
-            hidden_states, *found = layer(
-                hidden_states, past_key_values=past_key_values, input_ids=input_ids, **layer_inputs, **kwargs
-            )
+            hidden_states, *found = layer(hidden_states, **inputs)
             statistics.append(LayerStatistics(*found))
 
         expert_counts, balance_loss = self.collect_routing(statistics)
@@ -541,6 +550,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            only_last=labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1,
             **kwargs,
         )
         hidden_states, expert_counts = outputs.last_hidden_state, outputs.expert_counts

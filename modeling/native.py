@@ -40,7 +40,7 @@ _SIGNATURES: dict[str, tuple] = {
     "project_groups": (_pointer, _size, _size, _size, _pointer, _size, _pointer, _size),
     "norm_rotate": (
         *(_pointer, _pointer, _size, _size, _size, _pointer, _size, _real),
-        *(_pointer, _pointer, _size, _size, _size, _size, _real),
+        *(_pointer, _pointer, _size, _size, _size, _size, _real, _size),
     ),
     "angles": (_pointer, _size, _pointer, _size, _real, _pointer, _pointer),
     "attend_latents": (
@@ -74,6 +74,8 @@ _SIGNATURES: dict[str, tuple] = {
     ),
     "write_streams": (_pointer, _pointer, _pointer, _pointer, _size, _size, _size, _pointer),
     "decode_layer": (_pointer,) * 6,
+    "read_layer": (_pointer,) * 6,
+    "remember_text": (_pointer,) * 4,
     "decode_channels": (_pointer,) * 5,
     "begin_compressed": (_pointer,) * 7,
     "end_compressed": (_pointer,) * 8,

@@ -1,9 +1,10 @@
-"""Decoder layers of a decoding step, each by one native call.
+"""Decoder layers, each by one native call, of a decoding step and of a text.
 
-In a step of a few tokens the calls of a layer's modules, some twenty, take longer than what they compute. Where every
-module of a layer is as it was built, `kernels/layers.h` runs the layer's functions in the same order without coming
-back to Python: all of it with MLA (sparse or not) and one residual stream, else the channel mixer and what stands
-around it. Whatever else a layer may have (hooks, adapters, int8 weights, other activations) is called module by module.
+In a step of a few tokens the calls of a layer's modules, some twenty, take longer than what they compute, and of a text
+each of them carries all tokens to memory and back. Where every module of a layer is as it was built,
+`kernels/layers.h` runs the layer's functions in the same order without coming back to Python: all of it with MLA (which
+chooses keys in steps alone) and one residual stream, else the channel mixer and what stands around it. Whatever else a
+layer may have (hooks, adapters, other activations) is called module by module.
 
 The structures below are those of `kernels/layers.h`.
 """
@@ -17,9 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.utils import output_capturing
 
-from .attention import MultiHeadLatentAttention
+from .attention import MultiHeadLatentAttention, is_read_by_heads
 from .cache import FathomCache
 from .cache_layers import FathomCacheLayer, KeyValueCacheLayer, StaticKeyValueCacheLayer
 from .compressed_attention import (
@@ -30,9 +30,10 @@ from .compressed_attention import (
 )
 from .experts import HashMixtureOfExperts, HashRouter, MixtureOfExperts, RoutedExperts, TopKRouter
 from .feed_forward import DenseChannelMixer, FeedForward
-from .fused import PLAIN, SILU, kernels_for, one_for_all_heads, readable, seen
+from .fused import PLAIN, SILU, Kernels, is_short_text, kernels_for, one_for_all_heads, readable, seen
 from .hyper_connections import HyperConnection
 from .int8 import Int8Experts, Int8GroupedLinear, Int8Linear
+from .last_token import listens
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
 from .residual import ResidualConnection
@@ -150,7 +151,7 @@ class _Step(ctypes.Structure):
         *_fields(_pointer, "seen"),
         *_fields(_size, "seen_batch seen_query"),
         *_fields(_pointer, "real ids"),
-        *_fields(_size, "threads"),
+        *_fields(_size, "threads first"),
     ]
 
 
@@ -167,6 +168,7 @@ class NativeLayer:
         decodes: what native functions can do: "layer" (MLA and one residual stream), "compressed" (in two parts, see
             `native_compressed`), "channels" (the channel mixer and its connection) or None.
         experts: number of routed experts.
+        in_int8: whether any weight is.
     """
 
     def __init__(self, layer: nn.Module):
@@ -179,6 +181,7 @@ class NativeLayer:
         with suppress(_Unfit, AttributeError):
             self.describe(layer)
         self.experts = self.layer.channels.experts
+        self.in_int8 = any(each.dtype is torch.int8 for each in self.tensors)
         self.address = ctypes.addressof(self.layer)
         self.pointers = [each.data_ptr() for each in self.tensors]
         # Where submodules, parameters and buffers are looked up, and who listens to a call.
@@ -212,6 +215,42 @@ class NativeLayer:
             return False
         return [each.data_ptr() for each in self.tensors] == self.pointers
 
+    def function(self, mixer: MultiHeadLatentAttention, batch: int, tokens: int, keys: int, masked: bool) -> str | None:
+        """What is called for T new tokens of B sequences, after which there are S keys; None: modules.
+
+        A step attends to latents (`absorbed_attention`), a text to keys and values that are made of them.
+        """
+        if is_short_text(batch * tokens) and (masked or tokens == 1):
+            return "decode_layer"
+        # Without a mask new tokens are causal, and all there are.
+        if tokens != keys and (not masked or mixer.absorbing_pays(tokens, keys)):
+            return None
+        chooses = self.layer.indexer.heads and keys > self.layer.indexer.top_k
+        return "read_layer" if self.serves(batch * tokens) and not chooses else None
+
+    def serves(self, tokens: int) -> bool:
+        """Whether its functions are made for so many tokens: of a long text there are no products in int8."""
+        return not self.in_int8 or is_short_text(tokens)
+
+    def room(self, remembered: FathomCacheLayer, hidden_states: torch.Tensor) -> _Cache | None:
+        """Where a layer of the cache takes the keys of hidden states [B, T, d]; None if it cannot be written to."""
+        if not isinstance(remembered, KeyValueCacheLayer | StaticKeyValueCacheLayer):
+            return None
+        batch, tokens = hidden_states.shape[:2]
+        if not remembered.is_initialized:
+            mla, indexer = self.layer.attention, self.layer.indexer
+            widths = mla.rank + mla.rotary, indexer.width if indexer.heads else 0
+            remembered.lazy_initialization(*(hidden_states.new_empty(batch, 1, 0, width) for width in widths))
+        for each in remembered.buffers.values():
+            side_by_side = each.stride()[2:] == (each.shape[3], 1) or not each.numel()  # MLA leaves the values empty
+            if each.dtype is not hidden_states.dtype or not each.is_cpu or not side_by_side:
+                return None
+        length = remembered.take(tokens)
+        if length is None:
+            return None
+        keys, values = remembered.buffers["keys"], remembered.buffers["values"]
+        return _Cache(keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), length)
+
     def is_free(self) -> bool:
         """Whether nobody listens to the layer's modules, and the config asks for no other implementations."""
         settings = self.settings
@@ -219,7 +258,7 @@ class NativeLayer:
             self.experts and settings.get("_experts_implementation_internal") != "sorted_mm"
         ):
             return False
-        return not any(self.hooks) or not any(map(_listens, self.hooks))
+        return not any(self.hooks) or not any(map(listens, self.hooks))
 
     def pointer(self, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> int | None:
         """A tensor's address, noted down; `dtype` is the layer's unless given."""
@@ -405,12 +444,6 @@ def forget(model: nn.Module) -> None:
         _natives.pop(module, None)
 
 
-def _listens(hooks: dict) -> bool:
-    """Whether any of a module's hooks does something: transformers leaves those that record outputs in place."""
-    recording = bool(output_capturing._active_collector.get())
-    return any(recording or hook.__module__ != output_capturing.__name__ for hook in hooks.values())
-
-
 def decode_layer(
     layer: nn.Module,
     hidden_states: torch.Tensor,
@@ -420,38 +453,72 @@ def decode_layer(
     token_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """`FathomDecoderLayer.forward` of a step: the residual stream [B, T, d] and the experts' tokens [E].
+    """`FathomDecoderLayer.forward` of a step or a text: the residual stream [B, T, d] and the experts' tokens [E].
 
     Returns:
         None where modules have to be called one by one, and nothing has been done.
     """
-    if position_embeddings is None or not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
+    known = whole_layer(layer, hidden_states, position_embeddings, past_key_values)
+    if known is None:
         return None
-    if not isinstance(layer.self_attn, MultiHeadLatentAttention):
-        return None
-    tokens = hidden_states.shape[1]
-    # Without a mask several queries are causal, which native functions do not know.
-    if attention_mask is None and tokens > 1:
-        return None
-    kernels = kernels_for(layer.training, hidden_states.shape[0] * tokens, hidden_states, *position_embeddings)
-    if kernels is None:
-        return None
-    native = native_layer(layer)
-    if native.decodes != "layer" or native.dtype is not hidden_states.dtype or not native.is_free():
-        return None
+    kernels, native, remembered = known
+    batch, tokens = hidden_states.shape[:2]
+    keys = int(remembered.get_seq_length()) + tokens
+    name = native.function(layer.self_attn, batch, tokens, keys, masked=attention_mask is not None)
     visible = one_for_all_heads(attention_mask)
-    if attention_mask is not None:
-        keys = int(past_key_values.layer(layer.self_attn.layer_idx).get_seq_length()) + tokens
-        if visible is None or not readable(visible, len(hidden_states), tokens, keys):
-            return None
-    cache = _room(past_key_values.layer(layer.self_attn.layer_idx), tokens, hidden_states.dtype)
+    if name is None or (attention_mask is not None and visible is None) or not readable(visible, batch, tokens, keys):
+        return None
+    cache = native.room(remembered, hidden_states)
     if cache is None:
         return None
     step, _kept = step_of(hidden_states, position_embeddings, visible, token_mask, input_ids)
     output, counts = output_of(native, hidden_states)
     pointers = hidden_states.data_ptr(), output.data_ptr(), None if counts is None else counts.data_ptr()
-    kernels.functions.decode_layer(native.address, ctypes.byref(step), ctypes.byref(cache), *pointers)
+    getattr(kernels.functions, name)(native.address, ctypes.byref(step), ctypes.byref(cache), *pointers)
     return output, counts
+
+
+def remember_but_last(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    past_key_values: Cache | None = None,
+    **_,
+) -> bool:
+    """`FathomDecoderLayer.remember_but_last`; False where modules have to be called, and nothing has been done."""
+    known = whole_layer(layer, hidden_states, position_embeddings, past_key_values)
+    if known is None:
+        return False
+    kernels, native, remembered = known
+    cache = native.room(remembered, hidden_states) if native.serves(hidden_states.shape[:2].numel()) else None
+    if cache is None:
+        return False
+    step, _kept = step_of(hidden_states, position_embeddings, None, None, None)
+    pointers = ctypes.byref(step), ctypes.byref(cache), hidden_states.data_ptr()
+    kernels.functions.remember_text(native.address, *pointers)
+    remembered.crop(-1)
+    return True
+
+
+def whole_layer(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    past_key_values: Cache | None,
+) -> tuple[Kernels, NativeLayer, FathomCacheLayer] | None:
+    """What reads a layer as a whole, and where it remembers; None where modules have to be called."""
+    if position_embeddings is None or not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
+        return None
+    mixer, tokens = layer.self_attn, hidden_states.shape[:2]
+    if not isinstance(mixer, MultiHeadLatentAttention) or is_read_by_heads(tokens[1]):
+        return None
+    kernels = kernels_for(layer.training, tokens.numel(), hidden_states, *position_embeddings, any_text=True)
+    if kernels is None:
+        return None
+    native = native_layer(layer)
+    if native.decodes != "layer" or native.dtype is not hidden_states.dtype or not native.is_free():
+        return None
+    return kernels, native, past_key_values.layer(mixer.layer_idx)
 
 
 def decode_channels(
@@ -459,11 +526,13 @@ def decode_channels(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The second half of a layer, of one residual stream [B, T, d] or several [B, T, n, d]; returns as above."""
     tokens = hidden_states.shape[0] * hidden_states.shape[1]
-    kernels = kernels_for(layer.training, tokens, hidden_states)
+    kernels = kernels_for(layer.training, tokens, hidden_states, any_text=True)
     if kernels is None:
         return None
     native = native_layer(layer)
     if native.decodes is None or native.dtype is not hidden_states.dtype or not native.is_free():
+        return None
+    if not native.serves(tokens):
         return None
     step, _kept = step_of(hidden_states, None, None, token_mask, input_ids)
     output, counts = output_of(native, hidden_states)
@@ -488,19 +557,3 @@ def step_of(hidden_states, position_embeddings, visible, token_mask, input_ids) 
     pointers = (None if each is None else each.data_ptr() for each in (real, ids))
     step = _Step(*hidden_states.shape[:2], *angles, *seen(visible), *pointers, torch.get_num_threads())
     return step, (real, ids, visible)
-
-
-def _room(layer: FathomCacheLayer, tokens: int, dtype: torch.dtype) -> _Cache | None:
-    """Where a layer of the cache takes the step's keys; None if they cannot be written there."""
-    if not isinstance(layer, KeyValueCacheLayer | StaticKeyValueCacheLayer) or not layer.is_initialized:
-        return None
-    keys, values = layer.buffers["keys"], layer.buffers["values"]
-    for each in (keys, values):
-        side_by_side = each.stride()[2:] == (each.shape[3], 1) or not each.shape[3]  # MLA leaves the values empty
-        if each.dtype is not dtype or not each.is_cpu or not side_by_side:
-            return None
-    length = layer.take(tokens)
-    if length is None:
-        return None
-    keys, values = layer.buffers["keys"], layer.buffers["values"]
-    return _Cache(keys.data_ptr(), keys.stride(0), values.data_ptr(), values.stride(0), length)

@@ -61,7 +61,7 @@ class FathomRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.shape[:-1].numel()
-        kernels = kernels_for(self.training, tokens, hidden_states, self.weight)
+        kernels = kernels_for(self.training, tokens, hidden_states, self.weight, any_text=True)
         if kernels is not None:
             return kernels.rms_norm(hidden_states, self.weight, self.eps)
         differentiable_twice = torch.is_grad_enabled() and not self.training

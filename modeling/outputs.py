@@ -26,10 +26,11 @@ class FathomModelOutput(FathomOutput):
     """Output of `FathomModel`.
 
     Args:
-        last_hidden_state: [B, T, d], after the final norm.
+        last_hidden_state: [B, T, d], after the final norm; [B, 1, d] where the last token's alone was wanted.
         past_key_values: the cache, where one is used.
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
-        expert_counts: tokens per routed expert of this forward, int64 [M, E]; padding is not counted.
+        expert_counts: tokens per routed expert of this forward, int64 [M, E]; padding is not counted, nor what a last
+            layer did not read (`only_last`).
         balance_loss: sum over layers of the weighted balance losses; in training only.
         indexer_reports: figures of every indexer and query [L, F, B, T] (`indexing.REPORT`), where asked for.
         final_states: what MTP layers continue from: `last_hidden_state`, or with n > 1 residual streams the streams

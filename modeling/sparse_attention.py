@@ -211,6 +211,10 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         output, weights = attend(query, latents, attention_mask, **kwargs)
         return MixerOutput(project(output, self.o_proj)[0], weights, report)
 
+    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
+        latents = self.latents(hidden_states, position_embeddings)
+        self.update_but_last(past_key_values, latents, self.indexer.keys(hidden_states, position_embeddings))
+
     def reads_chosen(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether native functions may choose keys and attend to them."""
         # Without a mask several queries are causal, which they do not know.

@@ -2,11 +2,11 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "columns.h"
 
 namespace {
 
-constexpr Size KEYS = 64;          // that are scored at a time
+constexpr Size KEYS = BLOCK;       // that are scored at a time
 constexpr Size KEYS_A_TASK = 512;  // that a thread takes at a time
 
 // Which rows of a cache [B, C, W] are read; before them, all of a window [B, S', W], where there is one.
@@ -21,37 +21,41 @@ struct Keys {
   Size window_stride = 0, window_count = 0;  // S'
 };
 
-// What a query of a head has seen so far: the largest score, the sum of weights, the weighted values.
+constexpr float SLACK = 8;  // by which scores may pass what shares are measured by, before that is moved
+
+// What a query of a head has seen so far. A score, to base 2, has the share 2^(score - base): sums of them lane by
+// lane, and the values weighted by them.
 struct Partial {
-  float largest = HIDDEN, weights = 0;
+  float base = HIDDEN;
+  Vector weights = {};
   float* values = nullptr;
 };
 
-// Turns scores into shares, and shrinks what was seen before if a larger score has come. There is room for whole
-// vectors.
+// Turns scores into shares, and moves the base if a much larger score has come. There is room for whole pairs of
+// vectors in both.
 inline void share(float* scores, Size count, Partial& partial, Size value_width, Number* shares) {
-  const Size whole = (count + LANES - 1) / LANES * LANES;
+  constexpr bool ROUGH = A_WORD == 2;
+  const Size whole = (count + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
   std::fill(scores + count, scores + whole, HIDDEN);
-  Vector tops = Vector{} + partial.largest, totals = {};
-  for (Size key = 0; key < whole; key += LANES) tops = larger(load(scores + key), tops);
-  const float top = largest_of(tops);
-  if (top > partial.largest) {
-    const float shrunk = exponential(partial.largest - top);  // 0 where there was none
+  Vector tops = load(scores);
+  for (Size key = LANES; key < whole; key += LANES) tops = larger(load(scores + key), tops);
+  if (any_above(tops, partial.base + SLACK)) {
+    const float top = largest_of(tops);
+    const float shrunk = two_to(partial.base - top);  // 0 where there was none
     partial.weights *= shrunk;
     for (Size i = 0; i < value_width; ++i) partial.values[i] *= shrunk;
-    partial.largest = top;
+    partial.base = top;
   }
-  const float least = top == HIDDEN ? 0.0f : top;  // of nothing but hidden keys each has none
-  for (Size key = 0; key < whole; key += LANES) {
-    const Vector each = exponential(load(scores + key) - least);
-    save(scores + key, each);
-    totals += each;
+  const float base = partial.base == HIDDEN ? 0.0f : partial.base;  // of nothing but hidden keys each has none
+  for (Size key = 0; key < whole; key += 2 * LANES) {
+    const Vector one = two_to<ROUGH>(load(scores + key) - base);
+    const Vector next = two_to<ROUGH>(load(scores + key + LANES) - base);
+    partial.weights += one + next;
+    narrow(one, next, shares + key);
   }
-  partial.weights += sum_of(totals);
-  narrow(scores, shares, count);
 }
 
-// Lets queries `from` to `to` of the T H of sequence `b` see keys `first` to `last`.
+// Lets queries `from` to `to` of the T H of sequence `b` see keys `first` to `last`; `scale` makes scores to base 2.
 void see_keys(const Keys& keys, Size b, Size first, Size last, const Number* queries, Size from, Size to, Size tokens,
               Size heads, float scale, Partial* partials) {
   const Size several = to - from;
@@ -105,22 +109,22 @@ void attend(const Number* queries, const Keys& keys, Size batch, Size tokens, Si
     for (Size task = 0; task < tasks; ++task) {
       const Size b = task / (parts * alone), part = task / alone % parts, from = task % alone * each;
       const Size first = part * KEYS_A_TASK, last = std::min(first + KEYS_A_TASK, keys.count);
-      see_keys(keys, b, first, last, queries + b * group * keys.width, from, from + each, tokens, heads, scale,
+      see_keys(keys, b, first, last, queries + b * group * keys.width, from, from + each, tokens, heads, scale * LOG2_E,
                &partials[(part * batch + b) * group]);
     }
   }
   for (Size row = 0; row < batch * group; ++row) {
-    const float sink = sinks ? widened(sinks[row % heads]) : HIDDEN;
+    const float sink = sinks ? widened(sinks[row % heads]) * LOG2_E : HIDDEN;
     float top = sink, weights = 0;
-    for (Size part = 0; part < parts; ++part) top = std::max(top, partials[part * batch * group + row].largest);
-    if (sinks) weights = exponential(sink - top);
+    for (Size part = 0; part < parts; ++part) top = std::max(top, partials[part * batch * group + row].base);
+    if (sinks) weights = two_to(sink - top);
     float* to = out + row * values;
     std::fill(to, to + values, 0.0f);
     for (Size part = 0; part < parts; ++part) {
       const Partial& partial = partials[part * batch * group + row];
-      if (partial.largest == HIDDEN) continue;
-      const float share = exponential(partial.largest - top);
-      weights += share * partial.weights;
+      if (partial.base == HIDDEN) continue;
+      const float share = two_to(partial.base - top);
+      weights += share * sum_of(partial.weights);
       for (Size i = 0; i < values; ++i) to[i] += share * partial.values[i];
     }
     // A query that sees nothing, in padding, gets 0.
@@ -153,7 +157,7 @@ void attend_latents(const Number* queries, const Number* cache, Size batch_strid
     std::copy(query + nope, query + nope + rotary, &absorbed[row * width] + rank);
   }
   attend(absorbed.data(), keys, batch, tokens, heads, static_cast<float>(scale), nullptr, mixed.data(), threads);
-  const std::vector<Number> values = narrowed(mixed);
+  const Numbers values = narrowed(mixed);
 #pragma omp parallel for schedule(static) num_threads(threads) if (many)
   for (Size row = 0; row < rows; ++row) {
     const Number* w_uv = kv_b + (row % heads * (nope + value_width) + nope) * rank;

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "columns.h"
 
 namespace {
 
@@ -10,14 +10,17 @@ enum Scoring { SIGMOID, SOFTMAX, SQRT_SOFTPLUS };
 
 void score_experts(const float* logits, Size experts, Size scoring, float* scores) {
   const float top = *std::max_element(logits, logits + experts);
-  float total = 0;
-  for (Size i = 0; i < experts; ++i) {
-    const float x = logits[i];
-    if (scoring == SIGMOID) scores[i] = 1.0f / (1.0f + std::exp(-x));
-    if (scoring == SOFTMAX) total += scores[i] = std::exp(x - top);
-    if (scoring == SQRT_SOFTPLUS) scores[i] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));
+  if (scoring == SIGMOID) {
+#pragma omp simd
+    for (Size i = 0; i < experts; ++i) scores[i] = sigmoid(logits[i]);
+  } else if (scoring == SOFTMAX) {
+    float total = 0;
+    for (Size i = 0; i < experts; ++i) total += scores[i] = exponential(logits[i] - top);
+    for (Size i = 0; i < experts; ++i) scores[i] /= total;
+  } else {
+    for (Size i = 0; i < experts; ++i)
+      scores[i] = std::sqrt(logits[i] > 20.0f ? logits[i] : std::log1p(std::exp(logits[i])));
   }
-  for (Size i = 0; i < experts && scoring == SOFTMAX; ++i) scores[i] /= total;
 }
 
 // Hides the scores of all but the best groups; a group counts by the sum of its `group_top` best.
@@ -34,6 +37,14 @@ void keep_best_groups(float* scores, Size experts, Size groups, Size best_groups
     if (std::find(best.begin(), best.begin() + best_groups, i / size) == best.begin() + best_groups) scores[i] = HIDDEN;
 }
 
+// Experts and a network that all tokens go through, as in `mix_channels`.
+struct Experts {
+  const Number *gate_up, *down;
+  Size inner;
+  const Number *shared_gate, *shared_up, *shared_down;
+  Size shared_inner;
+};
+
 // A gated network, and which of the slots, where tokens wait for networks, go through it.
 struct Network {
   const Number *gate, *up, *down;
@@ -41,6 +52,87 @@ struct Network {
   Size first, count;  // slots
   Size activations;   // where its inner activations [count, inner] stand
 };
+
+// The choices [N K] in the order of their experts: tokens of one stand side by side, and its weights are read once for
+// all of them.
+std::vector<Size> by_expert(const Size* indices, Size count) {
+  std::vector<Size> slots(count), places(count ? *std::max_element(indices, indices + count) + 2 : 1);
+  for (Size i = 0; i < count; ++i) ++places[indices[i] + 1];
+  for (size_t expert = 1; expert < places.size(); ++expert) places[expert] += places[expert - 1];
+  for (Size i = 0; i < count; ++i) slots[places[indices[i]]++] = i;
+  return slots;
+}
+
+// The networks that are chosen, and behind them that of all tokens, whose slots are the last.
+std::vector<Network> networks_of(const Experts& experts, const Size* indices, const std::vector<Size>& slots,
+                                 Size tokens, Size width) {
+  std::vector<Network> networks;
+  const Size chosen = slots.size(), inner = experts.inner;
+  for (Size begin = 0, end; begin < chosen; begin = end) {
+    const Size expert = indices[slots[begin]];
+    for (end = begin + 1; end < chosen && indices[slots[end]] == expert;) ++end;
+    const Number* gate = experts.gate_up + expert * 2 * inner * width;
+    networks.push_back(
+        {gate, gate + inner * width, experts.down + expert * width * inner, inner, begin, end - begin, begin * inner});
+  }
+  if (experts.shared_inner)
+    networks.push_back({experts.shared_gate, experts.shared_up, experts.shared_down, experts.shared_inner, chosen,
+                        tokens, chosen * inner});
+  return networks;
+}
+
+// Tokens of a text that go through all their networks together: many of each network, in little memory.
+constexpr Size TOKENS_TOGETHER = 1024;
+
+// out [count, inner] = silu(gates) ups of `count` vectors, times their weights. There is room for gates [count, BLOCK].
+template <class Rows>
+void activations(const Number* gate, const Number* up, Size inner, Rows vectors, Size count, Size width,
+                 const float* weights, float bound, float* gates, Number* out) {
+  for (Size row = 0; row < inner; row += BLOCK) {
+    const Size some = std::min(BLOCK, inner - row);
+    multiply_many(gate + row * width, some, vectors, count, width,
+                  [=](Size i, const float* products) { std::copy_n(products, some, gates + i * BLOCK); });
+    multiply_many(up + row * width, some, vectors, count, width, [=](Size i, const float* ups) {
+      float* mixed = gates + i * BLOCK;
+      for (Size v = 0; v < some; v += LANES) {
+        const Vector each = gated(load(mixed + v), load(ups + v), bound);
+        save(mixed + v, each * weights[i]);
+      }
+      narrow(mixed, out + i * inner + row, some);
+    });
+  }
+}
+
+// The same as `mix_channels`, of some tokens of a text.
+void mix_some(const Number* x, Size tokens, Size width, const Size* indices, const float* weights, Size top_k,
+              const Experts& experts, float bound, Number* out) {
+  const std::vector<Size> slots = by_expert(indices, tokens * top_k);
+  // By slot, those of all tokens behind the chosen ones.
+  std::vector<Size> token_of;
+  std::vector<float> shares;
+  for (const Size slot : slots) token_of.push_back(slot / top_k), shares.push_back(weights[slot]);
+  for (Size token = 0; token < tokens; ++token) token_of.push_back(token), shares.push_back(1.0f);
+  std::vector<const Number*> rows;
+  for (const Size token : token_of) rows.push_back(x + token * width);
+
+  const Size row_width = (width + LANES - 1) / LANES * LANES;
+  std::vector<float> sums(tokens * row_width), gates(tokens * BLOCK);
+  std::vector<Number> inners(tokens * std::max(experts.inner, experts.shared_inner));
+  for (const Network& network : networks_of(experts, indices, slots, tokens, width)) {
+    const Size first = network.first, count = network.count, inner = network.inner;
+    activations(network.gate, network.up, inner, &rows[first], count, width, &shares[first], bound, gates.data(),
+                inners.data());
+    for (Size row = 0; row < width; row += BLOCK) {
+      const Size some = std::min(BLOCK, width - row);
+      multiply_many(network.down + row * inner, some, SideBySide{inners.data(), inner}, count, inner,
+                    [&](Size i, const float* products) {
+                      float* to = &sums[token_of[first + i] * row_width + row];
+                      for (Size v = 0; v < some; v += LANES) save(to + v, load(to + v) + load(products + v));
+                    });
+    }
+  }
+  for (Size token = 0; token < tokens; ++token) narrow(&sums[token * row_width], out + token * width, width);
+}
 
 }  // namespace
 
@@ -82,31 +174,26 @@ void mix_channels(const Number* x, Size tokens, Size width, const Size* indices,
                   const Number* gate_up, const Number* down, Size inner, const Number* shared_gate,
                   const Number* shared_up, const Number* shared_down, Size shared_inner, double limit, Number* out,
                   Size threads) {
-  // Tokens of one network side by side: its weights are then read once for all of them.
-  std::vector<Size> slots(tokens * top_k);
-  for (size_t i = 0; i < slots.size(); ++i) slots[i] = i;
-  std::stable_sort(slots.begin(), slots.end(), [=](Size a, Size b) { return indices[a] < indices[b]; });
-  std::vector<Number> inputs(slots.size() * width);
-  for (size_t i = 0; i < slots.size(); ++i) std::copy_n(x + slots[i] / top_k * width, width, &inputs[i * width]);
-
-  std::vector<Network> networks;
-  const Size chosen = slots.size();
-  for (Size begin = 0, end; begin < chosen; begin = end) {
-    const Size expert = indices[slots[begin]];
-    for (end = begin + 1; end < chosen && indices[slots[end]] == expert;) ++end;
-    const Number* gate = gate_up + expert * 2 * inner * width;
-    const Number* own_down = down + expert * width * inner;
-    networks.push_back({gate, gate + inner * width, own_down, inner, begin, end - begin, begin * inner});
+  const Experts experts = {gate_up, down, inner, shared_gate, shared_up, shared_down, shared_inner};
+  const float bound = static_cast<float>(limit);
+  if (tokens > MANY) {
+    const Size each = std::min(TOKENS_TOGETHER, (tokens + threads - 1) / threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (Size first = 0; first < tokens; first += each)
+      mix_some(x + first * width, std::min(each, tokens - first), width, indices + first * top_k,
+               weights + first * top_k, top_k, experts, bound, out + first * width);
+    return;
   }
-  const Size activations = chosen * inner + tokens * shared_inner;
-  if (shared_inner)
-    networks.push_back({shared_gate, shared_up, shared_down, shared_inner, chosen, tokens, chosen * inner});
+  const std::vector<Size> slots = by_expert(indices, tokens * top_k);
+  const std::vector<Network> networks = networks_of(experts, indices, slots, tokens, width);
+  const Size chosen = slots.size(), activations = chosen * inner + tokens * shared_inner;
+  std::vector<Number> inputs(chosen * width);
+  for (Size i = 0; i < chosen; ++i) std::copy_n(x + slots[i] / top_k * width, width, &inputs[i * width]);
   std::vector<std::pair<const Network*, Size>> blocks;  // of rows of gate and up
   for (const Network& network : networks)
     for (Size row = 0; row < network.inner; row += ROWS) blocks.emplace_back(&network, row);
 
   std::vector<Number> inners(activations);
-  const float bound = static_cast<float>(limit);
 #pragma omp parallel num_threads(threads) if (activations * width * 3 > WORTH_A_THREAD)
   {
     std::vector<float> gates(std::max(tokens * top_k, tokens) * ROWS), ups(gates.size());

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "columns.h"
+#include "attention.h"
 
 namespace {
 

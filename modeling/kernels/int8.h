@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "experts.h"
 
 namespace {
 
@@ -154,10 +154,7 @@ void project_int8(const Number* x, Size tokens, Size groups, Size width, const i
 void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, const float* weights, Size top_k,
               const int8_t* gate_up, const float* gate_up_scales, const int8_t* down, const float* down_scales,
               Size inner, double limit, Number* out, Size threads) {
-  // Tokens of one expert side by side: its weights are then read from memory once.
-  std::vector<Size> slots(tokens * top_k);
-  for (size_t i = 0; i < slots.size(); ++i) slots[i] = i;
-  std::stable_sort(slots.begin(), slots.end(), [=](Size a, Size b) { return indices[a] < indices[b]; });
+  const std::vector<Size> slots = by_expert(indices, tokens * top_k);
   const Planes vectors = planes(x, tokens, width);
   std::vector<float> inners(slots.size() * inner);
   Planes inner_vectors(slots.size(), inner);

@@ -120,9 +120,8 @@ struct Step {
   const uint8_t* real;
   const Size* ids;
   Size threads;
+  Size first;  // number of the token that it begins with, where it is a part of a step (`in_chunks`)
 };
-
-using Numbers = std::vector<Number>;
 
 const Number* plain(const Matrix& matrix) { return static_cast<const Number*>(matrix.numbers); }
 const int8_t* bytes(const Matrix& matrix) { return static_cast<const int8_t*>(matrix.numbers); }
@@ -170,10 +169,13 @@ void layer_norm(Number* x, Size tokens, Size width, const Number* weight, const 
   }
 }
 
-// Puts rows [B, T, W] behind the first `length` of each sequence's.
-void append(const Numbers& rows, const Step& step, Size width, Number* cache, Size stride, Size length) {
-  const Size some = step.tokens * width;
-  for (Size b = 0; b < step.batch; ++b) std::copy_n(&rows[b * some], some, cache + b * stride + length * width);
+// Puts rows [N, W], those of token number `first` and the next of sequences of T `tokens`, behind the first `length` of
+// each sequence's.
+void append(const Numbers& rows, Size width, Size first, Size tokens, Number* cache, Size stride, Size length) {
+  const Size count = rows.size() / width;
+  for (Size i = 0; i < count; ++i)
+    std::copy_n(&rows[i * width], width,
+                cache + (first + i) / tokens * stride + (length + (first + i) % tokens) * width);
 }
 
 // out = x + y
@@ -189,41 +191,59 @@ void activate(Number* gates, const Number* ups, Size count, double limit) {
   }
 }
 
-// The token mixer's output [N, d] for its normed input [N, d].
+// Rotates rows [N, H, D] from number `from` on, after RMSNorm of the first `norm_width` numbers.
+void rotate(const Step& step, Number* rows, Size heads, Size width, Size rotary, Size from, bool interleaved,
+            const Number* norm = nullptr, Size norm_width = 0, double eps = 0) {
+  const Size n = step.batch * step.tokens;
+  for (Size token = 0, some; token < n; token += some) {
+    // Angles of one sequence may be those of all.
+    const Size place = (step.first + token) % step.positions, angle = place * rotary / 2;
+    some = std::min(n - token, step.positions - place);
+    Number* these = rows + token * heads * width;
+    norm_rotate(these, these, some, heads, width, norm, norm_width, eps, step.cos + angle, step.sin + angle, some,
+                rotary, from, interleaved, 1.0);
+  }
+}
+
+// Caches latents and keys of the indexer for MLA's normed input [N, d], a step's or a part of one with sequences of T
+// `tokens`. `from`: for what queries are made of, [N, q_rank] or x itself; null where none are.
+void remember(const Layer& layer, const Step& step, const Cache& cache, const Numbers& x, Size tokens,
+              Numbers* from = nullptr) {
+  const LatentAttention& mla = layer.attention;
+  const Indexer& indexer = layer.indexer;
+  const Size n = step.batch * step.tokens, width = mla.rank + mla.rotary;
+  const Size index_width = indexer.heads ? indexer.width : 0, q_rank = from ? mla.q_rank : 0;
+  Numbers latent(n * q_rank), latents(n * width), index_keys(n * index_width);
+  map_tokens(step, x.data(), layer.width,
+             {{mla.q_a, latent.data(), q_rank},
+              {mla.kv_a, latents.data(), width},
+              {indexer.wk, index_keys.data(), index_width}});
+  rotate(step, latents.data(), 1, width, mla.rotary, mla.rank, mla.interleaved, mla.kv_norm, mla.rank, mla.kv_eps);
+  append(latents, width, step.first, tokens, cache.latents, cache.latents_stride, cache.length);
+  if (index_width) {
+    layer_norm(index_keys.data(), n, index_width, indexer.norm, indexer.norm_bias, indexer.eps);
+    rotate(step, index_keys.data(), 1, index_width, mla.rotary, 0, false);
+    append(index_keys, index_width, step.first, tokens, cache.index_keys, cache.index_stride, cache.length);
+  }
+  if (from) *from = q_rank ? normed(latent.data(), n, q_rank, mla.q_norm, mla.q_eps) : x;
+}
+
+// The token mixer's output [N, d] for its normed input [N, d], few tokens which attend to the latents themselves.
 Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& cache, const Numbers& x) {
   const LatentAttention& mla = layer.attention;
   const Indexer& indexer = layer.indexer;
   const Size n = step.batch * step.tokens, width = mla.rank + mla.rotary, head = mla.nope + mla.rotary;
   const Size length = cache.length + step.tokens, threads = step.threads, sequence = step.batch;
-  const auto rotate = [&](Numbers& rows, Size heads, Size rows_width, const Number* norm, Size norm_width, double eps,
-                          Size first, bool interleaved) {
-    norm_rotate(rows.data(), rows.data(), n, heads, rows_width, norm, norm_width, eps, step.cos, step.sin,
-                step.positions, mla.rotary, first, interleaved, 1.0);
-  };
-
-  Numbers compressed(n * mla.q_rank), latents(n * width), index_keys(n * (indexer.heads ? indexer.width : 0));
-  map_tokens(step, x.data(), layer.width,
-             {{mla.q_a, compressed.data(), mla.q_rank},
-              {mla.kv_a, latents.data(), width},
-              {indexer.wk, index_keys.data(), indexer.heads ? indexer.width : 0}});
-  if (mla.q_rank) compressed = normed(compressed.data(), n, mla.q_rank, mla.q_norm, mla.q_eps);
-  rotate(latents, 1, width, mla.kv_norm, mla.rank, mla.kv_eps, mla.rank, mla.interleaved);
-  append(latents, step, width, cache.latents, cache.latents_stride, cache.length);
-  if (indexer.heads) {
-    layer_norm(index_keys.data(), n, indexer.width, indexer.norm, indexer.norm_bias, indexer.eps);
-    rotate(index_keys, 1, indexer.width, nullptr, 0, 0.0, 0, false);
-    append(index_keys, step, indexer.width, cache.index_keys, cache.index_stride, cache.length);
-  }
-
+  Numbers from;
+  remember(layer, step, cache, x, step.tokens, &from);
   const bool selects = indexer.heads && length > indexer.top_k;
-  const Number* from = mla.q_rank ? compressed.data() : x.data();
-  const Size from_width = mla.q_rank ? mla.q_rank : layer.width, index_width = indexer.heads * indexer.width;
+  const Size index_width = indexer.heads * indexer.width;
   Numbers queries(n * mla.heads * head), index_queries(selects ? n * index_width : 0);
   Numbers mixed(n * mla.heads * mla.value_width);
   map_tokens(
-      step, from, from_width,
+      step, from.data(), from.size() / n,
       {{mla.q_b, queries.data(), mla.heads * head}, {indexer.wq, index_queries.data(), selects ? index_width : 0}});
-  rotate(queries, mla.heads, head, nullptr, 0, 0.0, mla.nope, mla.interleaved);
+  rotate(step, queries.data(), mla.heads, head, mla.rotary, mla.nope, mla.interleaved);
   const auto attend = [&](Size count, const Size* chosen, const uint8_t* seen, Size seen_batch, Size seen_query) {
     attend_latents(queries.data(), cache.latents, cache.latents_stride, width, mla.rank, count, chosen, seen,
                    seen_batch, seen_query, mla.kv_b, mla.nope, mla.value_width, sequence, step.tokens, mla.heads,
@@ -233,7 +253,7 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
     const Size top_k = indexer.top_k;
     std::vector<Size> chosen(n * top_k);
     std::vector<uint8_t> sees(n * top_k);
-    rotate(index_queries, indexer.heads, indexer.width, nullptr, 0, 0.0, 0, false);
+    rotate(step, index_queries.data(), indexer.heads, indexer.width, mla.rotary, 0, false);
     choose_keys(index_queries.data(), cache.index_keys, cache.index_stride, x.data(), indexer.weights, layer.width,
                 step.seen, step.seen_batch, step.seen_query, sequence, step.tokens, indexer.heads, indexer.width,
                 length, top_k, chosen.data(), sees.data(), threads);
@@ -373,20 +393,52 @@ Numbers channel_mixer_output(const ChannelMixer& mixer, const Step& step, Size w
   return out;
 }
 
+// The second half of a layer, see `decode_channels`; adds to `counts`, as several threads may.
+void mix_tokens(const Layer& layer, const Step& step, const Number* streams, Number* out, Size* counts) {
+  const ChannelMixer& mixer = layer.channels;
+  const Connection& connection = layer.connection;
+  const Size n = step.batch * step.tokens, width = layer.width;
+  Numbers x(n * width);
+  std::vector<float> post(n * connection.n), residual(n * connection.n * connection.n);
+  std::vector<Size> found(mixer.experts);
+  read(connection, step, width, streams, x.data(), post.data(), residual.data());
+  x = channel_mixer_output(mixer, step, width, normed(x.data(), n, width, mixer.norm, mixer.norm_eps), found.data());
+  write(connection, n, width, streams, x, post.data(), residual.data(), out);
+  for (size_t expert = 0; expert < found.size(); ++expert) {
+#pragma omp atomic
+    counts[expert] += found[expert];
+  }
+}
+
+// Calls `act(step)` for all tokens of a step as B = 1 sequence, or, where there are many for every thread, for at most
+// `most` of them at a time: a thread then takes them through all of it.
+template <class Act>
+void in_chunks(const Step& step, Size most, Act act) {
+  const Size n = step.batch * step.tokens;
+  const auto some_of = [&](Size first, Size count, Size threads) {
+    Step some = step;
+    some.batch = 1, some.tokens = count, some.first = first, some.threads = threads;
+    if (step.real) some.real += first;
+    if (step.ids) some.ids += first;
+    act(some);
+  };
+  // Not by a condition of the loop: what is parallel in `act` would be nested, and have its threads made anew.
+  if (n <= MANY * step.threads) return some_of(0, n, step.threads);
+  const Size each = std::min(most, (n + step.threads - 1) / step.threads);
+#pragma omp parallel for schedule(dynamic) num_threads(step.threads)
+  for (Size first = 0; first < n; first += each) some_of(first, std::min(each, n - first), 1);
+}
+
 }  // namespace
 
 extern "C" {
 
 // The second half of a layer: residual streams [N, n, d] -> out, of the same shape. `counts` [E] begins with zeros.
 void decode_channels(const Layer* layer, const Step* step, const Number* streams, Number* out, Size* counts) {
-  const ChannelMixer& mixer = layer->channels;
-  const Connection& connection = layer->connection;
-  const Size n = step->batch * step->tokens, width = layer->width;
-  Numbers x(n * width);
-  std::vector<float> post(n * connection.n), residual(n * connection.n * connection.n);
-  read(connection, *step, width, streams, x.data(), post.data(), residual.data());
-  x = channel_mixer_output(mixer, *step, width, normed(x.data(), n, width, mixer.norm, mixer.norm_eps), counts);
-  write(connection, n, width, streams, x, post.data(), residual.data(), out);
+  const Size token = layer->connection.n * layer->width;
+  in_chunks(*step, TOKENS_TOGETHER, [=](const Step& some) {
+    mix_tokens(*layer, some, streams + some.first * token, out + some.first * token, counts);
+  });
 }
 
 // The first part of a compressed layer: streams [N, n, d] -> `between`; keys [N, D] for the window; and what the tokens

@@ -2,7 +2,33 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "columns.h"
+
+namespace {
+
+constexpr Size TOKENS = 256;  // of a text, that a thread takes at a time
+
+struct LinearMap {
+  const Number* weight;
+  Number* out;
+  Size count;  // numbers of an output
+};
+
+// The same as `project`, of many tokens.
+void project_text(const Number* x, Size tokens, Size width, const LinearMap (&maps)[4], Size threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (Size first = 0; first < tokens; first += TOKENS)
+    for (const LinearMap& map : maps)
+      for (Size row = 0; row < map.count; row += BLOCK) {
+        const Size some = std::min(BLOCK, map.count - row);
+        multiply_many(map.weight + row * width, some, SideBySide{x + first * width, width},
+                      std::min(TOKENS, tokens - first), width, [&](Size i, const float* products) {
+                        narrow(products, map.out + (first + i) * map.count + row, some);
+                      });
+      }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -11,6 +37,10 @@ extern "C" {
 void project(const Number* x, Size tokens, Size width, const Number* w0, Number* out0, Size n0, const Number* w1,
              Number* out1, Size n1, const Number* w2, Number* out2, Size n2, const Number* w3, Number* out3, Size n3,
              Size threads) {
+  if (tokens > MANY) {
+    project_text(x, tokens, width, {{w0, out0, n0}, {w1, out1, n1}, {w2, out2, n2}, {w3, out3, n3}}, threads);
+    return;
+  }
   const Number* weights[] = {w0, w1, w2, w3};
   Number* outputs[] = {out0, out1, out2, out3};
   const Size counts[] = {n0, n1, n2, n3};
@@ -47,23 +77,29 @@ void project_groups(const Number* x, Size tokens, Size groups, Size width, const
 // `rotary` numbers from `first` on: x [N, H, D] -> out. Angles: cos, sin [P, rotary / 2], token i at row i mod P.
 void norm_rotate(const Number* x, Number* out, Size tokens, Size heads, Size width, const Number* norm, Size norm_width,
                  double eps, const Number* cos, const Number* sin, Size positions, Size rotary, Size first,
-                 Size interleaved, double sign) {
-  std::vector<float> wide(width);
+                 Size interleaved, double sign, Size threads = 1) {
   const Size pairs = rotary / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
-  for (Size row = 0; row < tokens * heads; ++row, x += width, out += width) {
-    widen(x, wide.data(), width);
-    if (norm_width) {
-      const float scale = inverse_rms(wide.data(), norm_width, static_cast<float>(eps));
-      for (Size i = 0; i < norm_width; ++i) wide[i] *= norm ? scale * widened(norm[i]) : scale;
+#pragma omp parallel num_threads(threads) if (tokens * heads * width > WORTH_A_THREAD)
+  {
+    std::vector<float> wide(width), weight(norm_width, 1.0f);
+    if (norm) widen(norm, weight.data(), norm_width);
+#pragma omp for schedule(static)
+    for (Size row = 0; row < tokens * heads; ++row) {
+      widen(x + row * width, wide.data(), width);
+      if (norm_width) {
+        const float scale = inverse_rms(wide.data(), norm_width, static_cast<float>(eps));
+#pragma omp simd
+        for (Size i = 0; i < norm_width; ++i) wide[i] *= scale * weight[i];
+      }
+      for (Size pair = 0; pair < pairs; ++pair) {
+        const Size angle = row / heads % positions * pairs + pair, one = first + pair * step, other = one + apart;
+        const float c = widened(cos[angle]), s = widened(sin[angle]) * static_cast<float>(sign);
+        const float turned = wide[one] * c - wide[other] * s;
+        wide[other] = wide[other] * c + wide[one] * s;
+        wide[one] = turned;
+      }
+      narrow(wide.data(), out + row * width, width);
     }
-    for (Size pair = 0; pair < pairs; ++pair) {
-      const Size angle = row / heads % positions * pairs + pair, one = first + pair * step, other = one + apart;
-      const float c = widened(cos[angle]), s = widened(sin[angle]) * static_cast<float>(sign);
-      const float turned = wide[one] * c - wide[other] * s;
-      wide[other] = wide[other] * c + wide[one] * s;
-      wide[one] = turned;
-    }
-    narrow(wide.data(), out, width);
   }
 }
 

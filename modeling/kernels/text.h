@@ -2,11 +2,12 @@
 
 #pragma once
 
-#include "columns.h"
+#include "attention.h"
 
 namespace {
 
-constexpr Size QUERIES = 64;  // of a task
+constexpr Size QUERIES = 256;  // of a task, for which keys are put into columns once
+constexpr Size TOGETHER = 16;  // of these take each step together: their scores stay in a core's nearest cache
 
 // [B, H, T, D], rows anywhere: numbers between sequences, heads and tokens.
 struct Rows {
@@ -15,32 +16,69 @@ struct Rows {
   const Number* at(Size b, Size h, Size t) const { return first + b * batch + h * head + t * token; }
 };
 
-// What a block of queries has seen of its keys so far.
-struct Block {
-  float scores[QUERIES][KEYS];
-  Number shares[QUERIES][KEYS];
-  std::vector<float> values;  // [QUERIES, D_v]
-  Partial partials[QUERIES];
+// KEYS keys in columns; their values in words of the same place in A_WORD rows, padded to whole vectors.
+struct KeyBlock {
+  std::vector<Words> columns, values;
+  Size count, width, value_vectors;
+
+  KeyBlock(Size width, Size value_width)
+      : width(width), value_vectors((value_width + A_VECTOR - 1) / A_VECTOR * A_WORD) {
+    columns.resize((width + A_WORD - 1) / A_WORD * VECTORS);
+    values.resize(KEYS / A_WORD * value_vectors);
+  }
+
+  void take(const Number* keys, Size key_stride, const Number* rows, Size stride, Size value_width, Size there) {
+    count = there;
+    put_into_columns(keys, count, key_stride, width, columns.data());
+    for (Size row = 0; row < count; row += A_WORD) {
+      Words* to = &values[row / A_WORD * value_vectors];
+      const Number *one = rows + row * stride, *next = row + A_WORD <= count ? one + (A_WORD - 1) * stride : nullptr;
+      for (Size first = 0; first < value_width; first += A_VECTOR, to += A_WORD) {
+        const Size some = std::min(A_VECTOR, value_width - first);
+        const auto part = [=](const Number* from) {
+          return !from ? Words{} : some == A_VECTOR ? load<Words>(from + first) : load_some(from + first, some);
+        };
+        paired(part(one), part(next), to);
+      }
+    }
+  }
 };
 
-// scores = scale q k for `some` queries and KEYS keys in columns.
-inline void score(const Words* columns, const Number* queries, Size stride, Size some, Size width, float scale,
-                  Block& block) {
-  Size query = 0;
-  const auto take = [&](auto& products, Size count) {
-    for (Size i = 0; i < count; ++i)
-      for (Size v = 0; v < VECTORS; ++v) save(&block.scores[query + i][v * LANES], products[i][v] * scale);
-  };
-  for (; query + 4 <= some; query += 4) {
-    Vector products[4][VECTORS];
-    column_products<4>(columns, queries + query * stride, stride, width, products);
-    take(products, 4);
-  }
-  for (; query < some; ++query) {
-    Vector products[1][VECTORS];
-    column_products<1>(columns, queries + query * stride, stride, width, products);
-    take(products, 1);
-  }
+// What a task's queries have seen of their keys so far, and what TOGETHER of them make of a block.
+struct Queries {
+  std::vector<Vector> values;  // [QUERIES, value_vectors]
+  Partial partials[QUERIES];
+  float scores[TOGETHER][KEYS];
+  Number shares[TOGETHER][KEYS];
+};
+
+// scores = scale q k for N queries, number `query` of those together and the next.
+template <Size N>
+inline void score(const KeyBlock& keys, const Number* rows, Size stride, float scale, Size query, Queries& queries) {
+  Vector products[N][VECTORS];
+  column_products<N>(keys.columns.data(), rows, stride, keys.width, products);
+  for (Size i = 0; i < N; ++i)
+    for (Size v = 0; v < VECTORS; ++v) save(&queries.scores[query + i][v * LANES], products[i][v] * scale);
+}
+
+// values += shares times V vectors of values, from number `vector` on; `values` are those of the first of N queries.
+template <Size N, Size V>
+inline void add_values(const KeyBlock& keys, Size vector, Size query, const Queries& queries, float* values) {
+  Vector sums[N][V];
+  const auto at = [&](Size i, Size v) { return values + (i * keys.value_vectors + vector + v) * LANES; };
+  for (Size i = 0; i < N; ++i)
+    for (Size v = 0; v < V; ++v) sums[i][v] = load(at(i, v));
+  add_column_products(&keys.values[vector], keys.value_vectors, SideBySide{queries.shares[query], KEYS}, keys.count,
+                      sums);
+  for (Size i = 0; i < N; ++i)
+    for (Size v = 0; v < V; ++v) save(at(i, v), sums[i][v]);
+}
+
+template <Size N>
+inline void add_values(const KeyBlock& keys, Size query, const Queries& queries, float* values) {
+  Size vector = 0;
+  for (; vector + 2 <= keys.value_vectors; vector += 2) add_values<N, 2>(keys, vector, query, queries, values);
+  for (; vector < keys.value_vectors; ++vector) add_values<N, 1>(keys, vector, query, queries, values);
 }
 
 }  // namespace
@@ -56,43 +94,57 @@ void attend_text(const Number* queries, Size query_batch, Size query_head, Size 
                  Size threads) {
   const Rows q = {queries, query_batch, query_head, query_token}, k = {keys, key_batch, key_head, key_token};
   const Rows v = {values, value_batch, value_head, value_token};
-  const Size blocks = (tokens + QUERIES - 1) / QUERIES, before = count - tokens;
+  const float to_base_2 = static_cast<float>(scale) * LOG2_E;
+  // Enough tasks for all threads.
+  Size most = QUERIES;
+  while (most > KEYS && batch * heads * tokens < 8 * threads * most) most /= 2;
+  const Size blocks = (tokens + most - 1) / most, before = count - tokens;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<Words> columns((width + A_WORD - 1) / A_WORD * VECTORS);
-    Block block;
-    block.values.resize(QUERIES * value_width);
+    KeyBlock block(width, value_width);
+    Queries seeing;
+    const Size row_width = block.value_vectors * LANES;
+    seeing.values.resize(most * block.value_vectors);
 #pragma omp for schedule(dynamic)
     for (Size task = 0; task < batch * heads * blocks; ++task) {
       // The last queries have the most keys, and come first.
-      const Size b = task % batch, h = task / batch % heads, first = (blocks - 1 - task / (batch * heads)) * QUERIES;
-      const Size some = std::min(QUERIES, tokens - first), end = seen ? count : before + first + some;
-      std::fill(block.values.begin(), block.values.end(), 0.0f);
-      for (Size query = 0; query < QUERIES; ++query)
-        block.partials[query] = {HIDDEN, 0.0f, &block.values[query * value_width]};
+      const Size b = task % batch, h = task / batch % heads, first = (blocks - 1 - task / (batch * heads)) * most;
+      const Size some = std::min(most, tokens - first), end = seen ? count : before + first + some;
+      std::fill(seeing.values.begin(), seeing.values.end(), Vector{});
+      for (Size query = 0; query < some; ++query)
+        seeing.partials[query] =
+            Partial{HIDDEN, Vector{}, reinterpret_cast<float*>(&seeing.values[query * block.value_vectors])};
       for (Size start = 0; start < end; start += KEYS) {
         const Size there = std::min(KEYS, end - start);
         const auto sees = [&](Size query) { return seen + b * seen_batch + (first + query) * seen_query + start; };
         bool any = !seen;
         for (Size query = 0; query < some && !any; ++query) any = std::memchr(sees(query), 1, there) != nullptr;
         if (!any) continue;
-        put_into_columns(k.at(b, h / groups, start), there, k.token, width, columns.data());
-        score(columns.data(), q.at(b, h, first), q.token, some, width, static_cast<float>(scale), block);
-        for (Size query = 0; query < some; ++query) {
-          float* scores = block.scores[query];
-          const Size visible = seen ? there : std::clamp<Size>(before + first + query + 1 - start, 0, there);
-          std::fill(scores + visible, scores + KEYS, HIDDEN);
-          for (Size key = 0; key < there && seen; ++key) scores[key] = sees(query)[key] ? scores[key] : HIDDEN;
-          share(scores, KEYS, block.partials[query], value_width, block.shares[query]);
+        block.take(k.at(b, h / groups, start), k.token, v.at(b, h / groups, start), v.token, value_width, there);
+        for (Size group = 0; group < some; group += TOGETHER) {
+          const Size several = std::min(TOGETHER, some - group);
+          const auto visible = [&](Size query) { return before + first + group + query + 1 - start; };
+          if (!seen && visible(several - 1) <= 0) continue;
+          in_groups<4>(several, [&](auto n, Size query) {
+            score<n.value>(block, q.at(b, h, first + group + query), q.token, to_base_2, query, seeing);
+          });
+          for (Size query = 0; query < several; ++query) {
+            float* scores = seeing.scores[query];
+            std::fill(scores + (seen ? there : std::clamp<Size>(visible(query), 0, there)), scores + KEYS, HIDDEN);
+            for (Size key = 0; key < there && seen; ++key)
+              scores[key] = sees(group + query)[key] ? scores[key] : HIDDEN;
+            share(scores, KEYS, seeing.partials[group + query], row_width, seeing.shares[query]);
+          }
+          in_groups<8>(several, [&](auto n, Size query) {
+            add_values<n.value>(block, query, seeing, seeing.partials[group + query].values);
+          });
         }
-        add_weighted(SideBySide{v.at(b, h / groups, start), v.token}, there, block.shares[0], KEYS, some, value_width,
-                     block.values.data());
       }
       for (Size query = 0; query < some; ++query) {
-        const Partial& partial = block.partials[query];
+        const Partial& partial = seeing.partials[query];
         float* row = partial.values;
         // A query that sees nothing, in padding, gets 0.
-        const float factor = partial.weights > 0 ? 1.0f / partial.weights : 0.0f;
+        const float weights = sum_of(partial.weights), factor = weights > 0 ? 1.0f / weights : 0.0f;
         for (Size i = 0; i < value_width; ++i) row[i] *= factor;
         narrow(row, out + ((b * tokens + first + query) * heads + h) * value_width, value_width);
       }

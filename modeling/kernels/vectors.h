@@ -41,23 +41,40 @@ typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
 constexpr Size A_WORD = sizeof(float) / sizeof(Number);  // numbers in one
 constexpr Size A_VECTOR = LANES * A_WORD;                // numbers in LANES words
 
-inline float widened(float x) { return x; }
-
-inline float widened(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline Words bits_of(Vector x) { return reinterpret_cast<Words>(x); }
+inline Vector from_bits(Words bits) { return reinterpret_cast<Vector>(bits); }
+
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 inline void store(float* to, float x) { *to = x; }
 
 // Rounds to the nearest, ties to even; what is no number stays none.
 inline void store(bf16* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to->bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+template <class To = Vector, class X>
+inline To load(const X* from) {
+  To result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
+}
+
+template <class X, class Y>
+inline void save(X* to, Y from) {
+  std::memcpy(static_cast<void*>(to), &from, sizeof from);
 }
 
 template <class X>
@@ -78,22 +95,34 @@ void narrow(const float* from, Number* to, Size count) {
   for (Size rest = i; rest < count; ++rest) store(to + rest, from[rest]);
 }
 
-std::vector<Number> narrowed(const std::vector<float>& from) {
-  std::vector<Number> result(from.size());
+// Two vectors side by side.
+inline void narrow(Vector one, Vector next, float* to) {
+  save(to, one);
+  save(to + LANES, next);
+}
+
+inline void narrow(Vector one, Vector next, bf16* to) {
+#ifdef __AVX512BF16__
+  save(to, _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(next), reinterpret_cast<__m512>(one)));
+#else
+  for (Size i = 0; i < LANES; ++i) store(to + i, one[i]), store(to + LANES + i, next[i]);
+#endif
+}
+
+// Memory for numbers that are written before they are read: a vector would first fill it with zeros.
+struct Unwritten : std::allocator<Number> {
+  template <class>
+  struct rebind {
+    using other = Unwritten;
+  };
+  void construct(Number*) {}
+};
+using Numbers = std::vector<Number, Unwritten>;
+
+Numbers narrowed(const std::vector<float>& from) {
+  Numbers result(from.size());
   narrow(from.data(), result.data(), from.size());
   return result;
-}
-
-template <class To = Vector, class X>
-inline To load(const X* from) {
-  To result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-
-template <class X, class Y>
-inline void save(X* to, Y from) {
-  std::memcpy(to, &from, sizeof from);
 }
 
 // Words of the last numbers of a row, zeros behind them.
@@ -181,6 +210,15 @@ inline float sum_of(Vector x) {
   return folded(x, [](Vector a, Vector b) { return a + b; });
 }
 
+// Whether any lane is larger than a number.
+inline bool any_above(Vector x, float bound) {
+#ifdef __AVX512BW__
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+  return largest_of(x) > bound;
+#endif
+}
+
 // The sums of 16 vectors, each over its lanes, in one vector: four steps, each of which halves what is to be added.
 inline Vector sums_of(const Vector (&each)[LANES]) {
   Vector quarters[4];
@@ -248,10 +286,10 @@ inline void multiply(const Number* matrix, Size first, Size last, const Number* 
 }
 
 // Numbers of the same place in A_WORD rows, as words: [0] of the first LANES places, [1] of the next.
-inline void paired(const float* row, const float*, Words (&words)[1]) { words[0] = load<Words>(row); }
+inline void paired(Words row, Words, Words* words, float) { words[0] = row; }
 
-inline void paired(const bf16* row, const bf16* next, Words (&words)[2]) {
-  const Halves a = load<Halves>(row), b = load<Halves>(next);
+inline void paired(Words row, Words next, Words* words, bf16) {
+  const Halves a = reinterpret_cast<Halves>(row), b = reinterpret_cast<Halves>(next);
   words[0] =
       reinterpret_cast<Words>(__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
                                                       40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
@@ -259,6 +297,8 @@ inline void paired(const bf16* row, const bf16* next, Words (&words)[2]) {
                                                              54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61,
                                                              30, 62, 31, 63));
 }
+
+inline void paired(Words row, Words next, Words* words) { paired(row, next, words, Number{}); }
 
 // values [C, width] += weights [C, stride] times rows, for V vectors of columns from `column` on.
 template <Size C, Size V, class Rows>
@@ -273,7 +313,7 @@ inline void add_columns(Rows rows, Size count, const Number* weights, Size strid
     for (Size c = 0; c < C; ++c) weight[c] = spread(weights + c * stride + row, some);
     for (Size v = 0; v < V; ++v) {
       Words words[A_WORD];
-      paired(one + v * A_VECTOR, next + v * A_VECTOR, words);
+      paired(load<Words>(one + v * A_VECTOR), load<Words>(next + v * A_VECTOR), words);
       for (Size c = 0; c < C; ++c)
         for (Size part = 0; part < A_WORD; ++part)
           sums[c][v * A_WORD + part] = add_products(sums[c][v * A_WORD + part], words[part], weight[c]);
@@ -322,42 +362,46 @@ float* kept(Size count) {
   return memory.data();
 }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline Words bits_of(Vector x) { return reinterpret_cast<Words>(x); }
-inline Vector from_bits(Words bits) { return reinterpret_cast<Vector>(bits); }
+constexpr float LOG2_E = 1.44269504088896341f;
 
-// e^x for x <= 0, of a number or of LANES, to about 2 ulp and below e^-87 as 0: 2^round(x / ln 2) times a polynomial,
-// that of Cephes' expf.
+// 2^x for x <= 126, of a number or of LANES, and below 2^-126 as 0: 2^round(x), added to the exponent of a polynomial
+// of the rest. Its terms are those of the least relative error, 2e-9 and with rounding 1e-7; of a ROUGH one, for
+// numbers that bf16 will round a thousand times as much, 3e-6.
+template <bool ROUGH = false, class X>
+inline X two_to(X x) {
+  constexpr float WHOLE = 12582912.0f;  // 1.5 2^23: added to it, a number is rounded, and stands in the last bits
+  const X shifted = x + WHOLE, rest = x - (shifted - WHOLE);
+  X series = {};
+  if (ROUGH)
+    for (const float term : {9.57010191e-3f, 5.59178603e-2f, 2.40247448e-1f, 6.93121815e-1f, 9.99999261e-1f})
+      series = series * rest + term;
+  else
+    for (const float term :
+         {1.5345812e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f, 2.40226469e-1f, 6.93147206e-1f, 1.0f})
+      series = series * rest + term;
+  return x < -126.0f ? X{} : from_bits(bits_of(series) + (bits_of(shifted) << 23));
+}
+
 template <class X>
 inline X exponential(X x) {
-  constexpr float WHOLE = 12582912.0f;  // 1.5 2^23: added to it, a number is rounded, and stands in the last bits
-  const X shifted = x * 1.44269504088896341f + WHOLE, whole = shifted - WHOLE;
-  const X rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  X series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  for (const float each : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    series = series * rest + each;
-  series = series * (rest * rest) + rest + 1.0f;
-  return x < -87.0f ? X{} : series * from_bits((bits_of(shifted) + 127) << 23);
+  return two_to(x * LOG2_E);
 }
 
-inline float sigmoid(float x) {
-  const float small = exponential(-std::fabs(x));
-  return (x >= 0 ? 1.0f : small) / (1.0f + small);
+inline float smaller(float a, float b) { return a < b ? a : b; }
+inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+template <class X>
+inline X sigmoid(X x) {
+  return 1.0f / (1.0f + exponential(-larger(X{} - 87.0f, x)));
 }
 
-// silu(gate) up, both clamped to `bound`.
-inline float gated(float gate, float up, float bound) {
-  gate = std::min(gate, bound);
-  return gate * sigmoid(gate) * std::clamp(up, -bound, bound);
+// silu(gate) up, both clamped to `bound`, of a number or of LANES.
+template <class X>
+inline X gated(X gate, X up, float bound) {
+  const X most = X{} + bound;
+  gate = smaller(gate, most);
+  return gate * sigmoid(gate) * smaller(larger(up, -most), most);
 }
 
 float inverse_rms(const float* x, Size width, float eps) {
@@ -369,12 +413,14 @@ float inverse_rms(const float* x, Size width, float eps) {
 
 // The `count` largest of the candidates' values, by index, the largest first; of equal ones the first.
 template <class Value>
-void largest(Size candidates, Size count, Size* out, Value value) {
-  std::vector<Size> order(candidates);
-  for (Size i = 0; i < candidates; ++i) order[i] = i;
-  std::partial_sort(order.begin(), order.begin() + count, order.end(),
-                    [&](Size a, Size b) { return value(a) != value(b) ? value(a) > value(b) : a < b; });
-  std::copy(order.begin(), order.begin() + count, out);
+inline void largest(Size candidates, Size count, Size* out, Value value) {
+  for (Size candidate = 0; candidate < candidates; ++candidate) {
+    const auto each = value(candidate);
+    Size place = std::min(candidate, count);
+    for (; place && each > value(out[place - 1]); --place)
+      if (place < count) out[place] = out[place - 1];
+    if (place < count) out[place] = candidate;
+  }
 }
 
 }  // namespace

@@ -18,3 +18,4 @@ def long_texts(monkeypatch) -> None:
     from fathom.modeling import fused
 
     monkeypatch.setattr(fused, "SHORT_TEXT", fused.FEW_TOKENS)
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: False)

@@ -15,6 +15,7 @@ from fathom.modeling.compressed_attention import GroupedLinear
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import HashRouter, RoutedExperts, TopKRouter
 from fathom.modeling.feed_forward import FeedForward
+from fathom.modeling.fused import multiplies_texts
 from fathom.modeling.hyper_connections import HyperConnection
 from fathom.modeling.indexing import best_of, index_scores
 from fathom.modeling.modeling_fathom import FathomForCausalLM
@@ -34,6 +35,12 @@ CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 def dtype(request) -> torch.dtype:
     torch.manual_seed(0)
     return DTYPES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def texts_of_any_length(monkeypatch) -> None:
+    """As if on a processor where that pays, for other processors compute the same."""
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -62,14 +69,17 @@ def shuffled(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype).eval()
 
 
-# Widths that are multiples of the vectors' and not, tokens that are and are not a pair.
-@pytest.mark.parametrize("width", [16, 80, 37])
-@pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (3, 5)])
+# Widths that are multiples of the vectors' and not, and wider than is in columns at a time; tokens that are and are not
+# a pair, and so many that weights are put into columns.
+@pytest.mark.parametrize("width", [16, 80, 37, 2100])
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 2), (3, 5), (3, 111)])
 def test_several_linear_maps(dtype, width, tokens):
     x = torch.randn(*tokens, width).to(dtype)
     maps = [shuffled(nn.Linear(width, rows, bias=False), dtype) for rows in (1, 8, 50, 129)]
     with torch.no_grad():
-        found = fused.kernels_for(False, tokens[0] * tokens[1], x).project(x, *[each.weight for each in maps])
+        found = fused.kernels_for(False, tokens[0] * tokens[1], x, any_text=True).project(
+            x, *[each.weight for each in maps]
+        )
         assert [torch.equal(one, two) for one, two in zip(found, fused.project(x, *maps), strict=True)] == [True] * 4
     for each, output in zip(maps, found, strict=True):
         assert_close(output, each(x), dtype)
@@ -83,8 +93,9 @@ def test_a_linear_map_per_group(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [8, 100, 256])
-def test_norm(dtype, width, monkeypatch):
-    x = 5 * torch.randn(2, 3, width).to(dtype)
+@pytest.mark.parametrize("tokens", [3, 601])
+def test_norm(dtype, width, tokens, monkeypatch):
+    x = 5 * torch.randn(2, tokens, width).to(dtype)
     module = shuffled(FathomRMSNorm(width), dtype)
     assert_close(*both_ways(module, x, calls="rms_norm", monkeypatch=monkeypatch), dtype)
 
@@ -175,6 +186,7 @@ def test_texts_are_read_natively(generation, monkeypatch):
     ids, mask = torch.randint(5, 4000, (2, 220)), torch.ones(2, 220, dtype=torch.int64)
     mask[1, :31] = 0
     original = fused.Kernels.attend_text
+    monkeypatch.setattr(decoder_layer, "decode_layer", lambda *_: None)  # which calls the function itself
     monkeypatch.setattr(fused.Kernels, "attend_text", lambda *args: calls.append(1) or original(*args))
 
     def logits() -> torch.Tensor:
@@ -278,7 +290,7 @@ def test_routing_by_token_id(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 129, 2500])
 def test_experts(dtype, limit, tokens, monkeypatch):
     settings = {"swiglu_limit": limit, "experts_implementation": "sorted_mm", "moe_intermediate_size": 40}
     experts = shuffled(RoutedExperts(FathomConfig.preset("v3", **settings)), dtype)
@@ -289,10 +301,11 @@ def test_experts(dtype, limit, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-def test_feed_forward(dtype, limit, monkeypatch):
+@pytest.mark.parametrize("tokens", [3, 150])
+def test_feed_forward(dtype, limit, tokens, monkeypatch):
     module = shuffled(FeedForward(FathomConfig.preset("v3", swiglu_limit=limit), 90), dtype)
     assert_close(
-        *both_ways(module, torch.randn(2, 3, 256).to(dtype), calls="mix_channels", monkeypatch=monkeypatch), dtype
+        *both_ways(module, torch.randn(2, tokens, 256).to(dtype), calls="mix_channels", monkeypatch=monkeypatch), dtype
     )
 
 
@@ -344,20 +357,22 @@ def test_steps_of_every_generation(generation, monkeypatch):
     torch.testing.assert_close(*logits, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [17, 90])
+@pytest.mark.parametrize("tokens", [17, 90, 300])
 @pytest.mark.parametrize("generation", ["classic", "moe", "v2", "v3", "v3.2", "v4"])
-def test_short_texts_of_every_generation(generation, tokens, dtype, monkeypatch):
+def test_texts_of_every_generation(generation, tokens, dtype, monkeypatch):
     """Prompts, padded on the left: the logits of PyTorch's products."""
     everything = {"num_experts_per_tok": 4, "n_routed_experts": 4} if generation != "classic" else {}
     torch.manual_seed(0)  # all experts are chosen: rounding would choose others
-    config = FathomConfig.preset(generation, num_nextn_predict_layers=0, n_group=1, topk_group=1, **everything)
+    everything |= {"n_group": 1, "topk_group": 1, "index_topk": 4096}
+    config = FathomConfig.preset(generation, num_nextn_predict_layers=0, **everything)
     model, project, called = FathomForCausalLM(config).eval().to(dtype), fused.Kernels.project, []
     monkeypatch.setattr(fused.Kernels, "project", lambda *args: called.append(1) or project(*args))
     ids, mask = torch.randint(5, 4000, (1, tokens)), torch.ones(1, tokens, dtype=torch.int64)
     mask[:, :5] = 0
     logits, calls = [], []
-    for most in (fused.SHORT_TEXT, 0):
+    for most, of_any_length in ((fused.SHORT_TEXT, True), (0, False)):
         monkeypatch.setattr(fused, "SHORT_TEXT", most)
+        monkeypatch.setattr(fused, "multiplies_texts", lambda dtype, says=of_any_length: says)
         with torch.no_grad():
             logits.append(model(ids, attention_mask=mask).logits[:, 5:])
         calls.append(len(called))
@@ -390,7 +405,7 @@ def test_tokens_do_not_depend_on_those_beside_them(generation, dtype):
     assert torch.equal(results[0], results[2])
 
 
-def test_what_is_not_served():
+def test_what_is_not_served(monkeypatch):
     """Gradients, training, many tokens, autocast, other dtypes, strided and meta tensors, subclasses, graphs."""
     x = torch.randn(2, 3, 16)
     assert fused.kernels_for(False, 6, x) is None  # gradients are enabled
@@ -399,6 +414,9 @@ def test_what_is_not_served():
         assert fused.kernels_for(True, 6, x) is None
         assert fused.kernels_for(False, fused.SHORT_TEXT + 1, x) is None
         assert fused.kernels_for(False, fused.SHORT_TEXT + 1, x, most=math.inf) is not None
+        for says in (True, False):
+            monkeypatch.setattr(fused, "multiplies_texts", lambda dtype, says=says: says)
+            assert (fused.kernels_for(False, fused.SHORT_TEXT + 1, x, any_text=True) is not None) == says
         assert fused.kernels_for(False, 6, x.half()) is None
         assert fused.kernels_for(False, 6, x, x.bfloat16()) is None
         assert fused.kernels_for(False, 6, x.transpose(1, 2)) is None
@@ -410,6 +428,25 @@ def test_what_is_not_served():
         found = []
         torch.jit.trace(lambda x: found.append(fused.kernels_for(False, 6, x)) or x, x, check_trace=False)
         assert found == [None]
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, [True, True]),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, [True, False]),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, [True, False]),  # tiles multiply faster
+        ({"avx512_f": False}, [False, False]),
+        ({}, [False, False]),
+    ],
+)
+def test_texts_are_multiplied_where_vectors_are_long(about, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: about)
+    multiplies_texts.cache_clear()
+    try:
+        assert [multiplies_texts(dtype) for dtype in (torch.float32, torch.bfloat16)] == expected
+    finally:
+        multiplies_texts.cache_clear()
 
 
 def test_a_map_with_a_hook_a_bias_or_an_adapter_is_called():

@@ -7,9 +7,18 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
-from fathom.modeling import decoder_layer, int8, layer_operator, native, native_compressed, native_layer
+from fathom.modeling import (
+    attention,
+    decoder_layer,
+    fused,
+    int8,
+    layer_operator,
+    native,
+    native_compressed,
+    native_layer,
+)
 from fathom.modeling.cache import adopt_cache
 from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import RoutedExperts
@@ -132,6 +141,131 @@ def test_weights_in_int8(kind, dtype, calls, module_by_module):
     torch.testing.assert_close(found.float() / scale, expected.float() / scale, atol=CLOSE[dtype], rtol=0)
     for one, other in zip(counts, expected_counts, strict=True):
         assert torch.equal(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("length", [90, 1201])
+def test_channels_of_a_text_in_one_call(kind, length, dtype, calls, module_by_module, monkeypatch):
+    """Of texts of any length; of long ones each thread takes some tokens, and counts those of their experts."""
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
+    # Of many tokens some have two choices that are equal but for rounding.
+    network = model(kind, dtype, **(EVERYTHING if dtype is torch.bfloat16 or length > 1000 else {}))
+    monkeypatch.setattr(decoder_layer, "decode_layer", lambda *_: None)
+    ids, mask = torch.randint(5, 4000, (2, length)), torch.ones(2, length, dtype=torch.int64)
+    mask[1:, : length // 4] = 0
+    found = network(ids, attention_mask=mask)
+    assert calls == ["decode_channels"] * network.config.num_hidden_layers
+    module_by_module(True)
+    expected = network(ids, attention_mask=mask)
+    scale = expected.logits.float().abs().max()
+    real = mask.bool()
+    one, other = (each.logits[real].float() / scale for each in (found, expected))
+    torch.testing.assert_close(one, other, atol=CLOSE[dtype], rtol=0)
+    assert torch.equal(found.expert_counts, expected.expert_counts)
+
+
+# Texts in a fresh cache, without padding (where there is no mask) and with it, and after another text.
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["v2-without-query-latent", "v3", "v3.2-dense"])
+@pytest.mark.parametrize("lengths", [(2,), (90,), (1201,), (40, 1161)], ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_text_in_one_call(kind, lengths, static, padded, dtype, calls, module_by_module, monkeypatch):
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
+    network = model(kind, dtype, max_position_embeddings=2048, **EVERYTHING)
+    all_ids, real = torch.randint(5, 4000, (2, sum(lengths) + 1)), torch.ones(2, sum(lengths) + 1, dtype=torch.int64)
+    real[1:, : lengths[0] // 4 if padded else 0] = 0
+
+    def read_all():
+        cache = None
+        if static:
+            cache = StaticCache(network.config, max_cache_len=1210)
+            adopt_cache(cache, network.config)
+        logits, counts, at = [], [], 0
+        for length in (*lengths, 1):
+            ids, at = all_ids[:, at : at + length], at + length
+            mask = real[:, :at] if padded else None
+            output = network(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+            counts.append(output.expert_counts)
+        return torch.cat(logits, dim=1)[real.bool()].float(), counts, cache
+
+    found, counts, cache = read_all()
+    assert calls == ["decode_layer"] * ((1 + len(lengths)) * network.config.num_hidden_layers)
+    module_by_module(True)
+    expected, expected_counts, expected_cache = read_all()
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, atol=CLOSE[dtype], rtol=0)
+    for one, other in zip(counts, expected_counts, strict=True):
+        assert torch.equal(one, other)
+    assert int(cache.get_seq_length()) == int(expected_cache.get_seq_length()) == sum(lengths) + 1
+    assert cache.nbytes() == expected_cache.nbytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["v2-without-query-latent", "v3", "v3.2"])
+@pytest.mark.parametrize("length", [90, 1201])
+def test_what_a_last_layer_remembers(kind, length, dtype, module_by_module, monkeypatch):
+    """Latents and the indexer's keys of all tokens but the last."""
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
+    layer = model(kind, dtype).model.layers[0]
+    hidden, position = (
+        torch.randn(2, length, 256).to(dtype),
+        torch.randn(2, 1, length, layer.self_attn.qk_rope_head_dim),
+    )
+    rotation = tuple(position[..., : position.shape[-1] // 2].to(dtype).contiguous())
+    found = []
+    for by_modules in (False, True):
+        module_by_module(by_modules)
+        cache = DynamicCache(config=layer.self_attn.config)
+        adopt_cache(cache, layer.self_attn.config)
+        inputs = {"position_embeddings": rotation, "past_key_values": cache}
+        assert decoder_layer.remember_but_last(layer, hidden, **inputs) is not by_modules
+        if by_modules:
+            layer.remember_but_last(hidden, **inputs)
+        found.append(cache.layers[0])
+    one, other = found
+    assert one.get_seq_length() == other.get_seq_length() == length - 1
+    torch.testing.assert_close(one.keys, other.keys, atol=CLOSE[dtype] * one.keys.abs().max().item(), rtol=0)
+    if one.values.numel() or other.values.numel():
+        torch.testing.assert_close(one.values, other.values, atol=CLOSE[dtype] * one.values.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_which_texts_are_read_otherwise(calls, monkeypatch):
+    """Those that an indexer chooses keys for, those for which absorbing is cheaper, long ones, what is not causal."""
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
+    network = model("v3.2", index_topk=200)
+    first = network(torch.randint(5, 4000, (1, 200)), use_cache=True)
+    whole = ["decode_layer"] * network.config.num_hidden_layers
+    assert calls == whole
+    calls.clear()
+    network(torch.randint(5, 4000, (1, 201)))
+    network(torch.randint(5, 4000, (1, 100)), past_key_values=first.past_key_values)
+    assert "decode_layer" not in calls
+    network = model("v3", max_position_embeddings=10_000)
+    first = network(torch.randint(5, 4000, (1, 200)), use_cache=True)
+    calls.clear()
+    network(torch.randint(5, 4000, (1, 130)), past_key_values=first.past_key_values)
+    network(torch.randint(5, 4000, (1, 20)), is_causal=False)
+    monkeypatch.setattr(attention, "TOKENS_OF_ALL_HEADS", 29)
+    network(torch.randint(5, 4000, (1, 30)))
+    assert "decode_layer" not in calls
+
+
+@torch.no_grad()
+def test_int8_is_not_made_for_long_texts(calls, monkeypatch):
+    monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: True)
+    network = model("v3").quantize_int8()
+    network(torch.randint(5, 4000, (1, fused.SHORT_TEXT + 1)))
+    assert not calls
+    network(torch.randint(5, 4000, (1, fused.SHORT_TEXT)))
+    assert calls == ["decode_layer"] * network.config.num_hidden_layers
 
 
 def test_some_weights_in_int8(calls, module_by_module):
