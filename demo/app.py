@@ -109,8 +109,15 @@ def _wire_picker(app: gr.Blocks, shelf: Shelf, picker: gr.Dropdown, header: gr.H
         return shelf.in_use().source, describe(shelf, language, problem)
 
     app.load(opened, None, [picker, header], api_visibility="private", show_progress="hidden", queue=False)
+    # Gradio drops what is chosen while an earlier choice is being answered, unless an event may be multiple.
     picker.input(
-        chosen, picker, [picker, header], api_visibility="private", show_progress_on=header, concurrency_limit=1
+        chosen,
+        picker,
+        [picker, header],
+        api_visibility="private",
+        show_progress_on=header,
+        concurrency_limit=1,
+        trigger_mode="multiple",
     )
 
 

@@ -181,7 +181,8 @@ def chat_panel(shelf: Shelf, controls: Controls, translated: gr.I18n, feedback: 
     chatbot.undo(undone, chatbot, [chatbot, box], **quiet)
     clear = chatbot.clear(None, None, None, cancels=answers, api_visibility="private")
     clear.then(lambda: ([], "", ready()), None, [chatbot, figures, box], **quiet)
-    chatbot.like(liked, [chatbot, controls.checkpoint, controls.system_prompt], None, **quiet)
+    # Else a thumb is dropped while an earlier one is being written.
+    chatbot.like(liked, [chatbot, controls.checkpoint, controls.system_prompt], None, trigger_mode="multiple", **quiet)
 
 
 def language_for(request: gr.Request) -> str:

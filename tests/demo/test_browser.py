@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,6 +243,33 @@ def test_the_picker_swaps_models_and_survives_a_damaged_one(talk: Callable[[str]
     en.page.get_by_role("option", name="long").click()
     sync_api.expect(en.header).to_contain_text("long")
     sync_api.expect(en.header).not_to_contain_text("Untrained")
+
+
+def test_a_model_chosen_while_another_one_is_loaded(
+    talk: Callable[[str], Talk], page_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, begun, read_on = page_server.shelf.load, threading.Event(), threading.Event()
+
+    def load_when_told(source: str) -> Any:
+        if source == page_server.damaged:
+            begun.set()
+            assert read_on.wait(60)
+        return load(source)
+
+    monkeypatch.setattr(page_server.shelf, "load", load_when_told)
+    en = talk("en")
+    picker = en.page.get_by_label("Model")
+    picker.click()
+    en.page.get_by_role("option", name="damaged").click()
+    assert begun.wait(30)
+    picker.click()
+    en.page.get_by_role("option", name="untrained moe nano (random weights)").click()
+    read_on.set()
+    sync_api.expect(en.header).to_contain_text("generation moe", timeout=30_000)
+    sync_api.expect(picker).to_have_value("untrained moe nano (random weights)")
+    picker.click()
+    en.page.get_by_role("option", name="long").click()
+    sync_api.expect(en.header).to_contain_text("long · generation v3", timeout=30_000)
 
 
 def test_a_chinese_phone(talk: Callable[[str], Talk]) -> None:
