@@ -16,67 +16,69 @@ inline void add_scores(const Words* columns, const Number* queries, const float*
   column_products<H>(columns, queries, width, width, products);
   for (Size v = 0; v < VECTORS; ++v) {
     Vector total = load(scores + v * LANES);
-    for (Size head = 0; head < H; ++head)
-      total += weights[head] * (products[head][v] > 0.0f ? products[head][v] : Vector{});
+    for (Size head = 0; head < H; ++head) total += weights[head] * larger(products[head][v], Vector{});
     save(scores + v * LANES, total);
   }
 }
 
-// Writes KEYS scores and returns the largest. What is no number is not chosen as long as there are others.
-inline float take_scores(const float* scores, float* out) {
-  Vector top = Vector{} + HIDDEN;
+// Writes the scores of `count` keys in columns, and hidden ones up to KEYS, for a query [J, D] with weights [J];
+// `seen`: as in `Keys`. What is no number is not chosen as long as there are others.
+inline void score_keys(const Words* columns, const Number* query, const float* weights, Size heads, Size width,
+                       const uint8_t* seen, Size count, float* out) {
+  float scores[KEYS] = {};
+  in_groups<4>(heads, [&](auto n, Size head) {
+    add_scores<n.value>(columns, query + head * width, weights + head, width, scores);
+  });
+  for (Size key = 0; key < count && seen; ++key) scores[key] = seen[key] ? scores[key] : HIDDEN;
+  std::fill(scores + count, scores + KEYS, HIDDEN);
   for (Size v = 0; v < VECTORS; ++v) {
-    Vector each = load(scores + v * LANES);
-    each = each == each ? each : Vector{} + HIDDEN;
-    save(out + v * LANES, each);
-    top = larger(each, top);
+    const Vector each = load(scores + v * LANES);
+    save(out + v * LANES, each == each ? each : Vector{} + HIDDEN);
   }
-  return largest_of(top);
 }
 
-// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. `tops`: the largest
-// of every KEYS of them.
+// What the heads' products are weighted by: weight x / sqrt(J D) of tokens x [N, d] and weight [J, d] -> [N, J].
+std::vector<float> index_weights(const Number* x, const Number* weight, Size tokens, Size model_width, Size heads,
+                                 Size width) {
+  std::vector<float> weights(tokens * heads);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(heads * width));
+  multiply(weight, 0, heads, x, tokens, model_width, [&](Size head, Size some, Size token, const float* found) {
+    for (Size i = 0; i < some; ++i) weights[token * heads + head + i] = found[i] * scale;
+  });
+  return weights;
+}
+
+// The `count` largest of `size` scores, by index, in the order of indices; of equal ones the last. Behind them are
+// hidden ones, up to a whole block.
 //
-// Read from the end, so that a later score is there first and an equal one does not replace it. Of those that are
-// larger than the `count` best so far, few in a long text, some are gathered before the best are picked out again. If
-// there are as many blocks, the `count` best are not below the largest scores of so many blocks, and most others are.
-void best_of(const float* scores, const float* tops, Size size, Size count, Size* out) {
-  struct Candidate {
-    float score;
-    Size index;
-  };
-  const auto better = [](const Candidate& a, const Candidate& b) {
-    return a.score != b.score ? a.score > b.score : a.index > b.index;
-  };
-  std::vector<Candidate> best;
-  best.reserve(2 * count);
-  const auto keep_best = [&] {
-    std::nth_element(best.begin(), best.begin() + count - 1, best.end(), better);
-    best.resize(count);
-  };
-  const Size blocks = (size + KEYS - 1) / KEYS;
-  float least = HIDDEN;  // less is not among the best
-  if (blocks >= count) {
-    std::vector<float> largest(tops, tops + blocks);
-    std::nth_element(largest.begin(), largest.begin() + count - 1, largest.end(), std::greater<float>());
-    least = largest[count - 1];
+// Of some four times as many groups of scores the largest are compared first: the `count` largest scores are not below
+// the `count` largest of those, and most others are.
+void best_of(const float* scores, Size size, Size count, Size* out) {
+  const Size vectors = (size + LANES - 1) / LANES, several = std::max<Size>(1, size / (4 * count));
+  std::vector<float> tops((vectors + several - 1) / several * LANES);
+  for (Size v = 0; v < vectors; v += several) {
+    Vector top = load(scores + v * LANES);
+    for (Size i = v + 1; i < std::min(v + several, vectors); ++i) top = larger(load(scores + i * LANES), top);
+    save(&tops[v / several * LANES], top);
   }
-  bool full = false;
-  float border = HIDDEN;  // the smallest score that is among the best, once there are enough
-  for (Size block = blocks - 1; block >= 0; --block) {
-    if (tops[block] < least || (full && tops[block] <= border)) continue;
-    for (Size i = std::min((block + 1) * KEYS, size) - 1; i >= block * KEYS; --i) {
-      if (scores[i] < least || (full && scores[i] <= border)) continue;
-      best.push_back({scores[i], i});
-      if (static_cast<Size>(best.size()) < 2 * count) continue;
-      keep_best();
-      border = best[count - 1].score;
-      full = true;
-    }
+  const auto keep_best = [=](std::vector<float>& some) {
+    std::nth_element(some.begin(), some.begin() + count - 1, some.end(), std::greater<float>());
+    return some[count - 1];
+  };
+  const float least = keep_best(tops);
+  std::vector<Size> places;
+  for (Size v = 0; v < vectors; ++v)
+    for (uint32_t lanes = lanes_from(load(scores + v * LANES), least); lanes; lanes &= lanes - 1)
+      places.push_back(v * LANES + __builtin_ctz(lanes));
+  while (places.back() >= size) places.pop_back();
+  std::vector<float> values(places.size());
+  std::transform(places.begin(), places.end(), values.begin(), [=](Size i) { return scores[i]; });
+  const float border = keep_best(values);
+  Size equal = count - std::count_if(values.begin(), values.begin() + count, [=](float each) { return each > border; });
+  for (Size i = places.size(), place = count; place;) {
+    const float score = scores[places[--i]];
+    if (score > border || (score == border && equal-- > 0)) out[--place] = places[i];
   }
-  if (static_cast<Size>(best.size()) > count) keep_best();
-  std::transform(best.begin(), best.end(), out, [](const Candidate& each) { return each.index; });
-  std::sort(out, out + count);
 }
 
 }  // namespace
@@ -103,11 +105,7 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
     return;
   }
   float* scores = kept<0>(batch * tokens * blocks * KEYS);
-  std::vector<float> weights(batch * tokens * heads), tops(batch * tokens * blocks);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(heads * width));
-  multiply(weight, 0, heads, x, batch * tokens, model_width, [&](Size head, Size some, Size token, const float* found) {
-    for (Size i = 0; i < some; ++i) weights[token * heads + head + i] = found[i] * scale;
-  });
+  const std::vector<float> weights = index_weights(x, weight, batch * tokens, model_width, heads, width);
   const Size parts = (count + KEYS_A_TASK - 1) / KEYS_A_TASK;
 #pragma omp parallel num_threads(threads) if (batch * tokens * heads * width * count > WORTH_A_THREAD)
   {
@@ -119,24 +117,17 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
         const Size some = std::min(KEYS, end - start);
         put_into_columns(cache + b * batch_stride + start * width, some, width, width, columns.data());
         for (Size row = b * tokens; row < (b + 1) * tokens; ++row) {
-          float found[KEYS] = {};
-          const Number* query = queries + row * heads * width;
-          const float* weight_of = &weights[row * heads];
-          Size head = 0;
-          for (; head + 4 <= heads; head += 4)
-            add_scores<4>(columns.data(), query + head * width, weight_of + head, width, found);
-          for (; head < heads; ++head)
-            add_scores<1>(columns.data(), query + head * width, weight_of + head, width, found);
           const uint8_t* sees = seen ? seen + b * seen_batch + row % tokens * seen_query + start : nullptr;
-          for (Size key = 0; key < some && sees; ++key) found[key] = sees[key] ? found[key] : HIDDEN;
-          tops[row * blocks + start / KEYS] = take_scores(found, scores + (row * blocks + start / KEYS) * KEYS);
+          const Size block = row * blocks + start / KEYS;
+          score_keys(columns.data(), queries + row * heads * width, &weights[row * heads], heads, width, sees, some,
+                     scores + block * KEYS);
         }
       }
     }
 #pragma omp for schedule(static)
     for (Size row = 0; row < batch * tokens; ++row) {
       const float* score = scores + row * blocks * KEYS;
-      best_of(score, &tops[row * blocks], count, top_k, out + row * top_k);
+      best_of(score, count, top_k, out + row * top_k);
       for (Size i = 0; i < top_k; ++i) out_seen[row * top_k + i] = score[out[row * top_k + i]] != HIDDEN;
     }
   }

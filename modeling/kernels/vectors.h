@@ -204,8 +204,29 @@ inline float folded(Vector x, Both both) {
   return x[0];
 }
 
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-inline float largest_of(Vector x) { return folded(x, larger); }
+// a > b ? a : b and a < b ? a : b, of what is no number b: one instruction, of which compilers make two.
+inline Vector larger(Vector a, Vector b) {
+#ifdef __AVX512BW__
+  return reinterpret_cast<Vector>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vector smaller(Vector a, Vector b) {
+#ifdef __AVX512BW__
+  return reinterpret_cast<Vector>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+inline float smaller(float a, float b) { return a < b ? a : b; }
+
+inline float largest_of(Vector x) {
+  return folded(x, [](Vector a, Vector b) { return larger(a, b); });
+}
 inline float sum_of(Vector x) {
   return folded(x, [](Vector a, Vector b) { return a + b; });
 }
@@ -216,6 +237,17 @@ inline bool any_above(Vector x, float bound) {
   return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
 #else
   return largest_of(x) > bound;
+#endif
+}
+
+// A bit for every lane that is not below a number.
+inline uint32_t lanes_from(Vector x, float bound) {
+#ifdef __AVX512BW__
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_GE_OQ);
+#else
+  uint32_t lanes = 0;
+  for (Size i = 0; i < LANES; ++i) lanes |= static_cast<uint32_t>(x[i] >= bound) << i;
+  return lanes;
 #endif
 }
 
@@ -386,10 +418,6 @@ template <class X>
 inline X exponential(X x) {
   return two_to(x * LOG2_E);
 }
-
-inline float smaller(float a, float b) { return a < b ? a : b; }
-inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
-inline float larger(float a, float b) { return a > b ? a : b; }
 
 template <class X>
 inline X sigmoid(X x) {
