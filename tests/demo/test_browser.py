@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api.expect.set_options(timeout=30_000)  # machines may be busy
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET_FLAGS)
         yield chromium
@@ -102,7 +104,7 @@ def talk(browser: Any, page_server: Any) -> Iterator[Callable[[str], Talk]]:
         page.on("pageerror", lambda error: problems.append(f"page: {error}"))
         page.goto(page_server.url + ("?__theme=dark" if view == "zh" else ""))
         talking = Talk(page, view)
-        sync_api.expect(talking.header).to_contain_text("Fathom", timeout=30_000)
+        sync_api.expect(talking.header).to_contain_text("Fathom")
         return talking
 
     yield open_page
@@ -129,21 +131,24 @@ def test_an_english_desktop(talk: Callable[[str], Talk], page_server: Any) -> No
     en.picture("answered")
 
     en.page.get_by_role("button", name="Like", exact=True).click()
-    row = wait_for(lambda: json.loads(page_server.feedback.read_text()) if page_server.feedback.exists() else None)
+    row = json.loads(wait_for(lambda: page_server.feedback.exists() and page_server.feedback.read_text()))
     assert row["label"] is True
     assert row["prompt"][-1]["content"] == "What does `textwrap.dedent(text)` do?"
 
-    en.page.get_by_role("button", name="Retry").click()
-    sync_api.expect(en.stop_button).to_be_visible()
-    en.wait_until_idle()
+    with watched(page_server, pause=0.05):
+        en.page.get_by_role("button", name="Retry").click()
+        sync_api.expect(en.stop_button).to_be_visible()
+        en.wait_until_idle()
     assert en.answers.last.inner_text() == first, "greedy: the same question has the same answer"
     assert en.answers.count() == 1
 
     en.page.get_by_role("button", name="Edit").click()
     en.page.locator("#fathom-chat textarea").fill("And `len`?")
-    en.page.get_by_role("button", name="Submit", exact=True).click()
-    sync_api.expect(en.questions).to_contain_text("And len?")
-    en.wait_until_idle()
+    with watched(page_server, pause=0.05):
+        en.page.get_by_role("button", name="Submit", exact=True).click()
+        sync_api.expect(en.stop_button).to_be_visible()
+        sync_api.expect(en.questions).to_contain_text("And len?")
+        en.wait_until_idle()
 
     en.page.get_by_role("button", name="Undo").click()
     sync_api.expect(en.answers).to_have_count(0)
@@ -155,19 +160,15 @@ def test_stop_ends_the_generation_itself(talk: Callable[[str], Talk], page_serve
     en.set_number("Temperature (0: greedy)", "0")
     en.set_number("Tokens per answer", "2048")
     en.page.get_by_label("Think first").check()
-    seen: list[int] = []
-    hook = page_server.shelf.in_use().model.register_forward_hook(lambda *_: seen.append(1))
-    en.ask("the")
-    sync_api.expect(en.page.get_by_text("Thinking", exact=True)).to_be_visible()
-    wait_for(lambda: len(seen) > 30)
-    en.stop_button.click()
-    sync_api.expect(en.figures).to_contain_text("stopped")
-    time.sleep(0.5)
-    stopped_at, text = len(seen), en.figures.inner_text()
-    time.sleep(0.7)
-    hook.remove()
-    assert len(seen) == stopped_at < 2048
-    assert en.figures.inner_text() == text
+    with watched(page_server) as seen:
+        en.ask("the")
+        sync_api.expect(en.page.get_by_text("Thinking", exact=True)).to_be_visible()
+        wait_for(lambda: len(seen) > 30)
+        en.stop_button.click()
+        sync_api.expect(en.figures).to_contain_text("stopped")
+        wait_for(lambda: still(lambda: len(seen)))
+    assert len(seen) < 2048
+    assert still(en.figures.inner_text)
     sync_api.expect(en.page.get_by_text("Thought", exact=True)).to_be_visible()
     en.wait_until_idle()
 
@@ -184,16 +185,14 @@ def test_clearing_ends_the_generation_too_and_an_empty_message_starts_none(
     en = talk("en")
     en.set_number("Temperature (0: greedy)", "0")
     en.set_number("Tokens per answer", "2048")
-    seen: list[int] = []
-    hook = page_server.shelf.in_use().model.register_forward_hook(lambda *_: seen.append(1))
-    en.ask("  ")
-    time.sleep(0.5)
-    assert not seen
-    en.ask("the")
-    wait_for(lambda: len(seen) > 10)
-    en.page.get_by_role("button", name="Clear").click()
-    wait_for(lambda: still(lambda: len(seen)))
-    hook.remove()
+    with watched(page_server) as seen:
+        en.ask("  ")
+        time.sleep(0.5)
+        assert not seen
+        en.ask("the")
+        wait_for(lambda: len(seen) > 10)
+        en.page.get_by_role("button", name="Clear").click()
+        wait_for(lambda: still(lambda: len(seen)))
     assert len(seen) < 2048
     sync_api.expect(en.page.locator("#fathom-chat .message")).to_have_count(0)
     en.wait_until_idle()
@@ -204,13 +203,11 @@ def test_closing_the_tab_ends_the_generation(talk: Callable[[str], Talk], page_s
     en = talk("en")
     en.set_number("Temperature (0: greedy)", "0")
     en.set_number("Tokens per answer", "2048")
-    seen: list[int] = []
-    hook = page_server.shelf.in_use().model.register_forward_hook(lambda *_: seen.append(1))
-    en.ask("the")
-    wait_for(lambda: len(seen) > 10)
-    en.page.close()
-    wait_for(lambda: still(lambda: len(seen)))
-    hook.remove()
+    with watched(page_server) as seen:
+        en.ask("the")
+        wait_for(lambda: len(seen) > 10)
+        en.page.close()
+        wait_for(lambda: still(lambda: len(seen)))
     assert len(seen) < 2048
 
 
@@ -232,11 +229,11 @@ def test_the_picker_swaps_models_and_survives_a_damaged_one(talk: Callable[[str]
     sync_api.expect(picker).to_have_value("long")
     picker.click()
     en.page.get_by_role("option", name="untrained classic nano (random weights)").click()
-    sync_api.expect(en.header).to_contain_text("Untrained: the weights are random", timeout=30_000)
+    sync_api.expect(en.header).to_contain_text("Untrained: the weights are random")
     sync_api.expect(en.header).to_contain_text("generation classic")
     en.set_number("Tokens per answer", "5")
     en.ask("hi")
-    sync_api.expect(en.figures).to_contain_text(" of 1024", timeout=30_000)
+    sync_api.expect(en.figures).to_contain_text(" of 1024")
     en.wait_until_idle()
     en.picture("untrained")
     picker.click()
@@ -265,14 +262,14 @@ def test_a_model_chosen_while_another_one_is_loaded(
     picker.click()
     en.page.get_by_role("option", name="untrained moe nano (random weights)").click()
     read_on.set()
-    sync_api.expect(en.header).to_contain_text("generation moe", timeout=30_000)
+    sync_api.expect(en.header).to_contain_text("generation moe")
     sync_api.expect(picker).to_have_value("untrained moe nano (random weights)")
     picker.click()
     en.page.get_by_role("option", name="long").click()
-    sync_api.expect(en.header).to_contain_text("long · generation v3", timeout=30_000)
+    sync_api.expect(en.header).to_contain_text("long · generation v3")
 
 
-def test_a_chinese_phone(talk: Callable[[str], Talk]) -> None:
+def test_a_chinese_phone(talk: Callable[[str], Talk], page_server: Any) -> None:
     zh = talk("zh")
     assert zh.box.get_attribute("placeholder") == "输入消息"
     sync_api.expect(zh.header).to_contain_text("v3 代")
@@ -289,13 +286,14 @@ def test_a_chinese_phone(talk: Callable[[str], Talk]) -> None:
     zh.set_number("温度（0：贪心）", "0")
     zh.picture("settings")
     zh.page.locator("#fathom-settings .toggle-button").click()
-    zh.box.fill("你好")
-    zh.send_button.click()
-    sync_api.expect(zh.page.get_by_text("思考中", exact=True)).to_be_visible()
-    sync_api.expect(zh.figures).to_contain_text("词元/秒")
-    zh.picture("thinking")
-    zh.stop_button.click()
-    sync_api.expect(zh.figures).to_contain_text("已停止")
+    with watched(page_server):
+        zh.box.fill("你好")
+        zh.send_button.click()
+        sync_api.expect(zh.page.get_by_text("思考中", exact=True)).to_be_visible()
+        sync_api.expect(zh.figures).to_contain_text("词元/秒")
+        zh.picture("thinking")
+        zh.stop_button.click()
+        sync_api.expect(zh.figures).to_contain_text("已停止")
     zh.picture("stopped")
 
 
@@ -324,7 +322,21 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     raise AssertionError(f"not within {seconds} s")
 
 
-def still(value: Callable[[], int]) -> bool:
+@contextmanager
+def watched(page_server: Any, pause: float = 0.01) -> Iterator[list[int]]:
+    """A list that grows by every forward of the model, each longer by a pause: what is to be seen or stopped lasts."""
+    seen: list[int] = []
+
+    def count(*_: Any) -> None:
+        seen.append(1)
+        time.sleep(pause)
+
+    hook = page_server.shelf.in_use().model.register_forward_hook(count)
+    yield seen
+    hook.remove()
+
+
+def still(value: Callable[[], Any]) -> bool:
     before = value()
     time.sleep(0.6)
     return value() == before
