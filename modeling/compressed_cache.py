@@ -396,16 +396,14 @@ def token_places(
     real = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
     if last_places is None:
         last_places = positions.new_full(positions.shape[:1], NOWHERE)
-    # Index of the newest real token before each one, -1 for none in this chunk.
-    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    newest_real = torch.where(real, index, -1).cummax(dim=1).values
-    before = torch.cat((torch.full_like(newest_real[:, :1], -1), newest_real[:, :-1]), dim=1)
     started = last_places != NOWHERE
-    previous = torch.where(
-        before >= 0,
-        positions.gather(1, before.clamp(min=0)),
-        torch.where(started, last_places % DOCUMENT, -2).unsqueeze(1),
-    )
+    previous = torch.where(started, last_places % DOCUMENT, -2).unsqueeze(1)
+    if positions.shape[1] > 1:
+        # Index of the newest real token before each one, -1 for none in this chunk.
+        index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+        newest_real = torch.where(real, index, -1).cummax(dim=1).values
+        before = torch.cat((torch.full_like(newest_real[:, :1], -1), newest_real[:, :-1]), dim=1)
+        previous = torch.where(before >= 0, positions.gather(1, before.clamp(min=0)), previous)
     begins = real & (positions != previous + 1)
     first = torch.where(started, last_places // DOCUMENT, -1).unsqueeze(1)
     documents = first + begins.cumsum(dim=1)

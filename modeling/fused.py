@@ -13,7 +13,7 @@ can do their work; where it says None they go on with their own definition, whic
     choose_keys               index_scores, then best_of
     route                     ExpertRouter.forward
     mix_channels              RoutedExperts.forward, FeedForward.forward
-    read_streams              HyperConnection.forward; write_streams: HyperConnection.write
+    read_streams              HyperConnection.forward, StreamCollapse.forward; write_streams: HyperConnection.write
     project_int8, mix_int8    Int8Linear and Int8GroupedLinear; Int8Experts
 
 Products are summed in fp32 and rounded where they are multiplied again or a function ends, while PyTorch rounds bf16
@@ -466,6 +466,24 @@ class Kernels:
             torch.get_num_threads(),
         )
         return output, post, residual
+
+    def collapse_streams(
+        self,
+        streams: torch.Tensor,
+        fn: torch.Tensor,
+        base: torch.Tensor,
+        scale: torch.Tensor,
+        norm_eps: float,
+        eps: float,
+    ) -> torch.Tensor:
+        """Streams [B, T, n, d] as one, [B, T, d]."""
+        batch, tokens, n, width = streams.shape
+        output = streams.new_empty(batch, tokens, width)
+        self.functions.read_streams(
+            *(streams.data_ptr(), batch * tokens, n, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr()),
+            *(norm_eps, eps, 0, output.data_ptr(), None, None, torch.get_num_threads()),
+        )
+        return output
 
     def write_streams(
         self, streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, residual: torch.Tensor

@@ -113,10 +113,14 @@ class StreamCollapse(nn.Module):
         self.hc_scale = nn.Parameter(torch.empty(1))
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
+        weights = self.hc_fn, self.hc_base, self.hc_scale
+        kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, *weights)
+        if kernels is not None:
+            return kernels.collapse_streams(streams, *weights, self.norm_eps, self.hc_eps)
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.hc_fn, self.norm_eps)  # [B, T, n]
-            weights = torch.sigmoid(logits * self.hc_scale.float() + self.hc_base.float()) + self.hc_eps
-        return sum_streams(streams, weights)
+            shares = torch.sigmoid(logits * self.hc_scale.float() + self.hc_base.float()) + self.hc_eps
+        return sum_streams(streams, shares)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

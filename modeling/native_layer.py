@@ -13,6 +13,7 @@ import ctypes
 import math
 from contextlib import suppress
 from itertools import chain
+from operator import is_
 from weakref import WeakKeyDictionary
 
 import torch
@@ -186,8 +187,8 @@ class NativeLayer:
         self.pointers = [each.data_ptr() for each in self.tensors]
         # Where submodules, parameters and buffers are looked up, and who listens to a call.
         self.stores = [store for each in layer.modules() for store in (each._modules, each._parameters, each._buffers)]
-        self.held = [*chain.from_iterable(store.values() for store in self.stores)]
-        self.ids = [id(each) for each in self.held]
+        self.filled = [store for store in self.stores if store]
+        self.held = [*chain.from_iterable(map(dict.values, self.filled))]
         inner = [each for each in layer.modules() if each is not layer]
         self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
 
@@ -211,9 +212,12 @@ class NativeLayer:
 
     def fits(self) -> bool:
         """Whether the layer still has the same modules and tensors, in the same places."""
-        if [*map(id, chain.from_iterable(map(dict.values, self.stores)))] != self.ids:
+        # No loop of Python's: this is asked for every layer of every step.
+        if sum(map(len, self.stores)) != len(self.held):
             return False
-        return [each.data_ptr() for each in self.tensors] == self.pointers
+        if not all(map(is_, chain.from_iterable(map(dict.values, self.filled)), self.held)):
+            return False
+        return [*map(torch.Tensor.data_ptr, self.tensors)] == self.pointers
 
     def function(self, mixer: MultiHeadLatentAttention, batch: int, tokens: int, keys: int, masked: bool) -> str | None:
         """What is called for T new tokens of B sequences, after which there are S keys; None: modules.

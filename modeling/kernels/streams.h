@@ -44,11 +44,11 @@ extern "C" {
 
 // What a sub-layer reads from n residual streams [N, n, d], and by which weights it will write to them
 // (`HyperConnection`): fn [(2 + n) n, n d], base [(2 + n) n], scale [3] -> out [N, d], post fp32 [N, n], residual fp32
-// [N, n, n].
+// [N, n, n]. Where nothing will be written (`StreamCollapse`) these are null, fn is [n, n d], base [n] and scale [1].
 void read_streams(const Number* streams, Size tokens, Size n, Size width, const Number* fn, const Number* base,
                   const Number* scale, double norm_eps, double eps, Size iterations, Number* out, float* post,
                   float* residual, Size threads) {
-  const Size maps = (2 + n) * n, whole = n * width;
+  const Size maps = post ? (2 + n) * n : n, whole = n * width;
   std::vector<float> logits(tokens * maps), own(width), wide(whole);
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * maps * whole > WORTH_A_THREAD)
   for (Size first = 0; first < maps; first += n)
@@ -63,12 +63,12 @@ void read_streams(const Number* streams, Size tokens, Size n, Size width, const 
     for (Size i = 0; i < maps; ++i)
       mixing[i] = widened(base[i]) + mixing[i] * shrink * widened(scale[i < n ? 0 : i < 2 * n ? 1 : 2]);
     std::fill(own.begin(), own.end(), 0.0f);
-    for (Size i = 0; i < n; ++i) {
+    for (Size i = 0; i < n; ++i)
       add_scaled(x + i * width, sigmoid(mixing[i]) + static_cast<float>(eps), width, own.data());
-      post[token * n + i] = 2 * sigmoid(mixing[n + i]);
-    }
-    sinkhorn(mixing + 2 * n, n, iterations, static_cast<float>(eps), residual + token * n * n);
     narrow(own.data(), out + token * width, width);
+    if (!post) continue;
+    for (Size i = 0; i < n; ++i) post[token * n + i] = 2 * sigmoid(mixing[n + i]);
+    sinkhorn(mixing + 2 * n, n, iterations, static_cast<float>(eps), residual + token * n * n);
   }
 }
 

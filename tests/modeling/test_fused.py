@@ -16,7 +16,7 @@ from fathom.modeling.configuration_fathom import FathomConfig
 from fathom.modeling.experts import HashRouter, RoutedExperts, TopKRouter
 from fathom.modeling.feed_forward import FeedForward
 from fathom.modeling.fused import multiplies_texts
-from fathom.modeling.hyper_connections import HyperConnection
+from fathom.modeling.hyper_connections import HyperConnection, StreamCollapse
 from fathom.modeling.indexing import best_of, index_scores
 from fathom.modeling.modeling_fathom import FathomForCausalLM
 from fathom.modeling.normalization import FathomRMSNorm
@@ -331,6 +331,13 @@ def test_hyper_connections(dtype, streams, monkeypatch):
         monkeypatch=monkeypatch,
     )
     assert_close(written, expected, dtype)
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_the_streams_as_one(dtype, streams, monkeypatch):
+    collapse = shuffled(StreamCollapse(FathomConfig.preset("v4", hc_mult=streams)), dtype)
+    x = torch.randn(2, 3, streams, 256).to(dtype)
+    assert_close(*both_ways(collapse, x, calls="collapse_streams", monkeypatch=monkeypatch), dtype)
 
 
 @pytest.mark.parametrize("generation", ["moe", "v2", "v3", "v3.2", "v4"])
