@@ -457,31 +457,25 @@ class Kernels:
         iterations: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a sub-layer reads of streams [B, T, n, d]: [B, T, d]; and its fp32 weights `StreamMixing`."""
-        batch, tokens, n, width = streams.shape
-        output = streams.new_empty(batch, tokens, width)
+        batch, tokens, n, _ = streams.shape
         post, residual = torch.empty(batch, tokens, n), torch.empty(batch, tokens, n, n)
-        self.functions.read_streams(
-            *(streams.data_ptr(), batch * tokens, n, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr()),
-            *(norm_eps, eps, iterations, output.data_ptr(), post.data_ptr(), residual.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return output, post, residual
+        addresses = iterations, post.data_ptr(), residual.data_ptr()
+        return self._sum_streams(streams, (fn, base, scale), norm_eps, eps, addresses), post, residual
 
     def collapse_streams(
-        self,
-        streams: torch.Tensor,
-        fn: torch.Tensor,
-        base: torch.Tensor,
-        scale: torch.Tensor,
-        norm_eps: float,
-        eps: float,
+        self, streams: torch.Tensor, weights: tuple[torch.Tensor, ...], norm_eps: float, eps: float
     ) -> torch.Tensor:
-        """Streams [B, T, n, d] as one, [B, T, d]."""
+        """Streams [B, T, n, d] as one, [B, T, d], by `hc_fn`, `hc_base` and `hc_scale`."""
+        return self._sum_streams(streams, weights, norm_eps, eps, (0, None, None))
+
+    def _sum_streams(self, streams, weights, norm_eps: float, eps: float, mixing: tuple) -> torch.Tensor:
+        """`mixing`: Sinkhorn's steps, and where to write `post` and `residual`."""
         batch, tokens, n, width = streams.shape
         output = streams.new_empty(batch, tokens, width)
+        iterations, *written = mixing
         self.functions.read_streams(
-            *(streams.data_ptr(), batch * tokens, n, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr()),
-            *(norm_eps, eps, 0, output.data_ptr(), None, None, torch.get_num_threads()),
+            *(streams.data_ptr(), batch * tokens, n, width, *(each.data_ptr() for each in weights)),
+            *(norm_eps, eps, iterations, output.data_ptr(), *written, torch.get_num_threads()),
         )
         return output
 

@@ -116,7 +116,7 @@ class StreamCollapse(nn.Module):
         weights = self.hc_fn, self.hc_base, self.hc_scale
         kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, *weights)
         if kernels is not None:
-            return kernels.collapse_streams(streams, *weights, self.norm_eps, self.hc_eps)
+            return kernels.collapse_streams(streams, weights, self.norm_eps, self.hc_eps)
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.hc_fn, self.norm_eps)  # [B, T, n]
             shares = torch.sigmoid(logits * self.hc_scale.float() + self.hc_base.float()) + self.hc_eps
