@@ -75,7 +75,9 @@ def test_several_users_share_forwards_and_disturb_each_other_in_nothing(client: 
         time.sleep(0.02)  # else an answer ends before the next one is asked for
 
     hook = model.register_forward_pre_hook(slowly, with_kwargs=True)
-    others = [client.submit("x" * n, max_new_tokens=4000, temperature=0.9, api_name="/chat") for n in (1, 30)]
+    # Of one candidate, which is no end: an answer that ended early would share nothing.
+    endless = {"max_new_tokens": 4000, "temperature": 0.9, "top_k": 1, "api_name": "/chat"}
+    others = [client.submit("x" * n, **endless) for n in (1, 30)]
     deadline = time.monotonic() + 30
     while max(rows, default=0) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
