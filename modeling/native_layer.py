@@ -187,6 +187,7 @@ class NativeLayer:
         self.pointers = [each.data_ptr() for each in self.tensors]
         # Where submodules, parameters and buffers are looked up, and who listens to a call.
         self.stores = [store for each in layer.modules() for store in (each._modules, each._parameters, each._buffers)]
+        self.lengths = [*map(len, self.stores)]
         self.filled = [store for store in self.stores if store]
         self.held = [*chain.from_iterable(map(dict.values, self.filled))]
         inner = [each for each in layer.modules() if each is not layer]
@@ -213,7 +214,7 @@ class NativeLayer:
     def fits(self) -> bool:
         """Whether the layer still has the same modules and tensors, in the same places."""
         # No loop of Python's: this is asked for every layer of every step.
-        if sum(map(len, self.stores)) != len(self.held):
+        if [*map(len, self.stores)] != self.lengths:
             return False
         if not all(map(is_, chain.from_iterable(map(dict.values, self.filled)), self.held)):
             return False

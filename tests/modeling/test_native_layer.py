@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import DynamicCache, StaticCache
 
 from fathom.modeling import (
@@ -373,9 +374,23 @@ def add_bias(layer):
     layer.self_attn.o_proj.bias = nn.Parameter(torch.ones(layer.self_attn.o_proj.out_features))
 
 
-@pytest.mark.parametrize(
-    "change", [replace_module, wrap_attention, replace_parameter, replace_data, change_in_place, add_hook, add_bias]
-)
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrise(layer):
+    """Of the layer's last parameter: one dictionary loses what another, empty until then, gains."""
+    parametrize.register_parametrization(layer.post_attention_layernorm, "weight", Twice())
+
+
+CHANGES = [
+    *(replace_module, wrap_attention, replace_parameter, replace_data, change_in_place),
+    *(add_hook, add_bias, parametrise),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changes_between_steps_are_heard(change, calls, module_by_module):
     network = model("v3")
     before = step(network).logits
