@@ -3,7 +3,9 @@
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,21 @@ class Page:
     checkpoint: str
     damaged: str
     feedback: Path
+
+    @contextmanager
+    def watched(self, pause: float = 0.01) -> Iterator[list[int]]:
+        """A list that grows by every forward of the model, each longer by a pause: what is seen or stopped lasts."""
+        seen: list[int] = []
+
+        def count(*_: Any) -> None:
+            seen.append(1)
+            time.sleep(pause)
+
+        hook = self.shelf.in_use().model.register_forward_hook(count)
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
 
 @pytest.fixture(scope="session")
