@@ -63,7 +63,7 @@ class FathomAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.num_key_value_groups = 1
 
-    def remember_but_last(self, hidden_states: torch.Tensor, past_key_values: FathomCache, **inputs) -> None:
+    def remember_but_last(self, hidden_states: torch.Tensor, cache: FathomCache, **inputs) -> None:
         """Caches what later queries need of hidden states [B, T, d] but the last, and computes no output.
 
         Args:
@@ -195,19 +195,19 @@ class MultiHeadAttention(FathomAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
         query = self.heads(mapped(hidden_states, self.q_proj), position_embeddings)  # [B, H, T, D]
         key, value = self.keys_and_values(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return MixerOutput(mapped(output, self.o_proj), weights)
 
-    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
-        self.update_but_last(past_key_values, *self.keys_and_values(hidden_states, position_embeddings))
+    def remember_but_last(self, hidden_states, cache, position_embeddings=None, **_) -> None:
+        self.update_but_last(cache, *self.keys_and_values(hidden_states, position_embeddings))
 
     def keys_and_values(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
@@ -260,7 +260,7 @@ class MultiHeadLatentAttention(FathomAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MixerOutput:
         """Mixes the tokens of hidden states [B, T, d]."""
@@ -270,18 +270,18 @@ class MultiHeadLatentAttention(FathomAttention):
             latents = self.normed_latents(latents, position_embeddings)
         else:
             query, latents = self.queries_and_latents(q_latent, latents, position_embeddings)
-        if past_key_values is not None:
+        if cache is not None:
             # They are all that is kept: the layer's values are empty.
-            latents, _ = past_key_values.update(latents, latents[..., :0], self.layer_idx)
+            latents, _ = cache.update(latents, latents[..., :0], self.layer_idx)
         if by_heads:
             output, weights = self.attend_by_heads(q_latent, latents, position_embeddings, **kwargs), None
         else:
             output, weights = self.attend_latents(query, latents, attention_mask, **kwargs)
         return MixerOutput(project(output, self.o_proj)[0], weights)
 
-    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
+    def remember_but_last(self, hidden_states, cache, position_embeddings=None, **_) -> None:
         latents = self.latents(hidden_states, position_embeddings)
-        self.update_but_last(past_key_values, latents, latents[..., :0])
+        self.update_but_last(cache, latents, latents[..., :0])
 
     def latents(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]

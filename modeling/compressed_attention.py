@@ -116,7 +116,7 @@ class SlidingWindowAttention(FathomAttention):
         self,
         hidden_states: torch.Tensor,
         places: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         report_indexer: bool = False,
         rotations: dict | None = None,
         **kwargs,
@@ -126,7 +126,7 @@ class SlidingWindowAttention(FathomAttention):
         Args:
             hidden_states: [B, T, d].
             places: [B, T], where the tokens stand (`compressed_cache.token_places`); this takes the part of a mask.
-            past_key_values: a `FathomCache` whose layer is a `CompressedCacheLayer`.
+            cache: a `FathomCache` whose layer is a `CompressedCacheLayer`.
             report_indexer: whether the output is to have the indexer's report, where there is an indexer.
             rotations: what layers share of the cosines and sines of `places`; the first of a kind puts them in.
 
@@ -139,7 +139,7 @@ class SlidingWindowAttention(FathomAttention):
         (query,) = project(q_latent, self.q_b_proj)
         query = query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         query = rotate_end(query, *rotation, training=self.training, norm_eps=self.norm_eps)  # [B, H, T, D]
-        keys, key_places, entries = self.keys_and_entries(hidden_states, key, rotation, places, past_key_values)
+        keys, key_places, entries = self.keys_and_entries(hidden_states, key, rotation, places, cache)
 
         report = None
         select = partial(self.select, hidden_states, q_latent, rotation, places, entries)
@@ -175,12 +175,12 @@ class SlidingWindowAttention(FathomAttention):
         output = self.o_a_proj(output).flatten(2)
         return MixerOutput(project(output, self.o_b_proj)[0], weights, report)
 
-    def remember_but_last(self, hidden_states, past_key_values, places=None, **_) -> None:
+    def remember_but_last(self, hidden_states, cache, places=None, **_) -> None:
         # A window cannot forget a token: what it lets go for it is gone.
         hidden_states, places = hidden_states[:, :-1], places[:, :-1]
         rotation = self.rotation(hidden_states, places, None)
         (key,) = project(hidden_states, self.kv_proj)
-        self.keys_and_entries(hidden_states, key, rotation, places, past_key_values)
+        self.keys_and_entries(hidden_states, key, rotation, places, cache)
 
     def keys_and_entries(
         self,
@@ -188,7 +188,7 @@ class SlidingWindowAttention(FathomAttention):
         key: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         places: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """What queries at `places` [B, T] read, with what is cached; the new tokens' part of it is cached as well.
 
@@ -199,7 +199,7 @@ class SlidingWindowAttention(FathomAttention):
             Keys [B, S, D], their places [B, S], and entries as `entries` returns them.
         """
         key = rotate_end(self.kv_norm(key).unsqueeze(1), *rotation, training=self.training).squeeze(1)  # [B, T, D]
-        layer = None if past_key_values is None else past_key_values.fetch(self.layer_idx, places.device)
+        layer = None if cache is None else cache.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
         if layer is not None:
             streams = layer.append_tokens(**streams)
@@ -208,8 +208,8 @@ class SlidingWindowAttention(FathomAttention):
         entries = {"compressor": keys[:, :0], "places": key_places[:, :0]}
         if self.compressor is not None:
             entries = self.entries(streams, places, layer)
-        if past_key_values is not None:
-            past_key_values.release(self.layer_idx)
+        if cache is not None:
+            cache.release(self.layer_idx)
         return keys, key_places, entries
 
     def rotation(

@@ -97,7 +97,7 @@ class FathomConfig(PreTrainedConfig):
     """
 
     model_type = "fathom"
-    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss", "indexer_figures", "balance_loss", "expert_counts"]
+    keys_to_ignore_at_inference = ["cache", "mtp_loss", "indexer_figures", "balance_loss", "expert_counts"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",

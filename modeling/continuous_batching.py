@@ -28,7 +28,7 @@ import torch
 from .cache import FathomDynamicCache
 
 # Of the tokenizer, stopping criteria have taken what they need.
-CARRIED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer"}
+CARRIED = {"cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer"}
 CLOSED, FAILED = "the shared batch was closed", "a forward of the shared batch failed"
 
 
@@ -132,7 +132,7 @@ class SharedBatch:
 
     def carries(self, input_ids: torch.Tensor, generation_config, synced_gpus: bool, model_kwargs: dict) -> bool:
         """Whether a call of `_sample` with these arguments can be a row; the others are generated apart."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         return (
             input_ids.shape[0] == 1
             and input_ids.shape[1] > 0
@@ -281,7 +281,7 @@ class SharedBatch:
             input_ids=ids.to(device),
             attention_mask=mask,
             position_ids=positions.to(device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

@@ -79,7 +79,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         token_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         **kwargs,
@@ -89,11 +89,11 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         Args:
             token_mask: [B, T], True for tokens that are no padding. None: all are real.
             input_ids: [B, T], for channel mixers that route by token id.
-            position_embeddings, attention_mask, past_key_values, **kwargs: go to the token mixer.
+            position_embeddings, attention_mask, cache, **kwargs: go to the token mixer.
         """
         if not kwargs.get("report_indexer"):
             decoded = self.decoded(
-                hidden_states, position_embeddings, attention_mask, past_key_values, token_mask, input_ids, **kwargs
+                hidden_states, position_embeddings, attention_mask, cache, token_mask, input_ids, **kwargs
             )
             if decoded is not None:
                 return LayerOutput(*decoded)
@@ -102,7 +102,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(mixer_input),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = self.attn_hc.write(hidden_states, mixed, mixing)
@@ -134,7 +134,7 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         token_mask: torch.Tensor | None,
         input_ids: torch.Tensor | None,
         places: torch.Tensor | None = None,
@@ -144,10 +144,10 @@ class FathomDecoderLayer(GradientCheckpointingLayer):
         """Output and expert counts by native calls; None where modules are to be called."""
         compiles = torch.compiler.is_compiling()
         if places is not None:
-            shared = places, past_key_values, token_mask, input_ids, rotations
+            shared = places, cache, token_mask, input_ids, rotations
             return None if compiles else decode_compressed(self, hidden_states, *shared)
         if kwargs.get("is_causal") is False:
             return None
         decode = decode_in_graph if compiles else decode_layer
-        shared = position_embeddings, attention_mask, past_key_values, token_mask, input_ids
+        shared = position_embeddings, attention_mask, cache, token_mask, input_ids
         return decode(self, hidden_states, *shared)

@@ -46,7 +46,7 @@ class DraftDecodingOutput(GenerateDecoderOnlyOutput):
 
     Args:
         sequences: [B, C].
-        past_key_values: the main model's cache, without the newest token; None with several rows, whose caches hold
+        cache: the main model's cache, without the newest token; None with several rows, whose caches hold
             padding between tokens.
         forwards: forwards of the main model, the prompt's included.
         drafted_tokens, accepted_tokens: drafts in all rows, and how many of them were kept.
@@ -183,7 +183,7 @@ class DraftDecoder:
         logits_processor,
         stopping_criteria,
         generation_config,
-        past_key_values: Cache,
+        cache: Cache,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -205,7 +205,7 @@ class DraftDecoder:
         self.alive = [True] * batch
         self.draft_probabilities: list[torch.Tensor] = []
 
-        past = int(past_key_values.get_seq_length())
+        past = int(cache.get_seq_length())
         length = position_ids.shape[1] - past
         self.prompt_embeds = inputs_embeds
         self.prompt_columns = torch.arange(length, device=device).expand(batch, -1) + (input_ids.shape[1] - length)
@@ -214,7 +214,7 @@ class DraftDecoder:
         self.offset = (self.prompt_positions - self.prompt_columns)[:, -1:]
         real = None if attention_mask is None or attention_mask.all() else attention_mask.bool()
         self.prompt_real = None if real is None else real[:, past:]
-        self.main = Columns(past_key_values, None if real is None else real[:, :past])
+        self.main = Columns(cache, None if real is None else real[:, :past])
         self.drafts = Columns(DraftCache(model.config), None)
         # What the MTP layers have not read yet: with several depths also what they read again, at the beginning.
         self.unread: list[MainOutput] = []
@@ -234,7 +234,7 @@ class DraftDecoder:
             texts[row, length:] = self.pad
         return DraftDecodingOutput(
             sequences=texts,
-            past_key_values=self.main.cache if len(texts) == 1 else None,  # type: ignore[arg-type]
+            cache=self.main.cache if len(texts) == 1 else None,  # type: ignore[arg-type]
             **self.figures,
         )
 
@@ -311,7 +311,7 @@ class DraftDecoder:
             inputs_embeds=embeds,
             attention_mask=self.main.extend(columns, real),
             position_ids=positions,
-            past_key_values=self.main.cache,
+            cache=self.main.cache,
             use_cache=True,
         )
         self.figures["forwards"] += 1
@@ -403,7 +403,7 @@ class DraftDecoder:
             if inputs is None:
                 inputs = model.layer_inputs(embeds, mask, tokens.positions, self.drafts.cache)
                 inputs.pop("position_ids")
-            guess = layer(states, embeds, input_ids=ids, past_key_values=self.drafts.cache, **inputs)
+            guess = layer(states, embeds, input_ids=ids, cache=self.drafts.cache, **inputs)
             states = guess.states
             newest = guess.hidden_states
             newest = newest[:, last[0] : last[0] + 1] if alone else newest[rows, [[index] for index in last]]
@@ -419,11 +419,11 @@ class DraftDecoder:
         self.drafts.forget([[column > end - self.depths + 1 for column in read_again] for end in last], ends)
 
 
-def check_draft_decoding(config, generation_config, past_key_values: Cache | None, synced_gpus: bool) -> None:
+def check_draft_decoding(config, generation_config, cache: Cache | None, synced_gpus: bool) -> None:
     """Raises ValueError for what draft decoding cannot do, with what can be done instead."""
     if not config.num_nextn_predict_layers:
         raise ValueError("use_mtp=True needs MTP layers: this model has num_nextn_predict_layers=0")
-    if not isinstance(past_key_values, FathomDynamicCache):
+    if not isinstance(cache, FathomDynamicCache):
         raise ValueError(
             "use_mtp=True needs a cache that can be cropped: leave cache_implementation and use_cache alone"
         )

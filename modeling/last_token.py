@@ -23,13 +23,13 @@ PER_TOKEN = ("input_ids", "token_mask", "places")
 
 
 def reads_last_alone(
-    model: nn.Module, hidden_states: torch.Tensor, past_key_values: Cache | None, **inputs: Any
+    model: nn.Module, hidden_states: torch.Tensor, cache: Cache | None, **inputs: Any
 ) -> bool:
     """Whether the last layer of a `FathomModel` can be spared all of a text's tokens but the last.
 
     Args:
         hidden_states: [B, T, ...], what the layers are given.
-        past_key_values: where tokens are remembered.
+        cache: where tokens are remembered.
         inputs: the other arguments of the layers.
     """
     if model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -37,7 +37,7 @@ def reads_last_alone(
     if hidden_states.shape[1] < FEWEST_TOKENS or inputs.get("report_indexer"):
         return False
     # What has a fixed length is read under masks, which a prompt alone need not have.
-    if not isinstance(past_key_values, FathomDynamicCache) or past_key_values.offloading:
+    if not isinstance(cache, FathomDynamicCache) or cache.offloading:
         return False
     if model.config._attn_implementation not in ("eager", "sdpa"):
         return False

@@ -31,7 +31,7 @@ def decode_in_graph(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     token_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -39,10 +39,10 @@ def decode_in_graph(
     tokens = hidden_states.shape[:2].numel()
     if layer.training or torch.is_grad_enabled() or tokens > FEW_TOKENS or not hidden_states.is_cpu:
         return None
-    if position_embeddings is None or attention_mask is None or not isinstance(past_key_values, FathomStaticCache):
+    if position_embeddings is None or attention_mask is None or not isinstance(cache, FathomStaticCache):
         return None
     mixer = layer.self_attn
-    cache = past_key_values.layers[mixer.layer_idx] if isinstance(mixer, MultiHeadLatentAttention) else None
+    cache = cache.layers[mixer.layer_idx] if isinstance(mixer, MultiHeadLatentAttention) else None
     if not isinstance(cache, StaticKeyValueCacheLayer) or not cache.is_initialized or not is_ready(hidden_states.dtype):
         return None
     experts = getattr(layer.mlp, "num_experts", 0)
@@ -67,7 +67,7 @@ def _decode_layer(hidden_states, cos, sin, attention_mask, token_mask, input_ids
         hidden_states,
         position_embeddings=(cos, sin),
         attention_mask=attention_mask,
-        past_key_values=OneLayerCache(keys, values, length),
+        cache=OneLayerCache(keys, values, length),
         token_mask=token_mask,
         input_ids=input_ids,
     )

@@ -12,7 +12,7 @@ def causal_mask(
     config,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.Tensor,
 ) -> torch.Tensor | None:
     """transformers' causal mask for `config._attn_implementation`, of new tokens [B, T, d] behind those in the cache.
@@ -29,11 +29,11 @@ def causal_mask(
     """
     tokens = inputs_embeds.shape[1]
     if (
-        isinstance(past_key_values, FathomDynamicCache)
+        isinstance(cache, FathomDynamicCache)
         and tokens <= FEW_TOKENS
         and not torch.compiler.is_compiling()
         and config._attn_implementation == "sdpa"
-        and (length := past_key_values.get_seq_length())
+        and (length := cache.get_seq_length())
         and (attention_mask is None or attention_mask.shape == (len(inputs_embeds), length + tokens))
     ):
         return _step_mask(tokens, length + tokens, attention_mask, inputs_embeds.device)
@@ -41,7 +41,7 @@ def causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        cache=cache,
         position_ids=position_ids,
     )
 

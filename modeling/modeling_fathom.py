@@ -71,7 +71,7 @@ class FathomPreTrainedModel(OfficialCheckpoints):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FathomDecoderLayer", "MultiTokenPredictionLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -303,7 +303,7 @@ class FathomModel(FathomPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         only_last: bool = False,
@@ -317,7 +317,7 @@ class FathomModel(FathomPreTrainedModel):
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
-            past_key_values: cache of the tokens before these.
+            cache: cache of the tokens before these.
             use_cache: return a cache; never in training.
             only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
                 alone (`last_token`), and the output has T = 1.
@@ -328,18 +328,18 @@ class FathomModel(FathomPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         keep_freed_memory(inputs_embeds)
 
-        if past_key_values is not None:
-            adopt_cache(past_key_values, self.config)
-        layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if cache is not None:
+            adopt_cache(cache, self.config)
+        layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, cache)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-            adopt_cache(past_key_values, self.config)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
+            adopt_cache(cache, self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         del inputs_embeds  # of a long text, nothing else holds them
         hidden_states = split_streams(hidden_states, self.config.hc_mult)
-        inputs = {"past_key_values": past_key_values, "input_ids": input_ids, **layer_inputs, **kwargs}
+        inputs = {"cache": cache, "input_ids": input_ids, **layer_inputs, **kwargs}
         statistics: list[LayerStatistics] = []
         last = self.layers[self.config.num_hidden_layers - 1]
         for layer in islice(self.layers, self.config.num_hidden_layers):
@@ -354,7 +354,7 @@ class FathomModel(FathomPreTrainedModel):
         last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
             last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values,
+            cache=cache,
             expert_counts=expert_counts,
             balance_loss=balance_loss,
             indexer_reports=stack_reports(statistics),
@@ -375,7 +375,7 @@ class FathomModel(FathomPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> dict[str, Any]:
         """What all layers share.
 
@@ -390,7 +390,7 @@ class FathomModel(FathomPreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].bool()
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
             if attention_mask is not None and token_mask is not None:
                 # Positions count from the first real token, so that a padded row is what it is alone; unless the mask
@@ -402,10 +402,10 @@ class FathomModel(FathomPreTrainedModel):
         if self.config.compresses:
             if attention_mask is not None and token_mask is None:
                 raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
-            last = past_key_values.layers[0].last_places if past_key_values is not None else None
+            last = cache.layers[0].last_places if cache is not None else None
             places = token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)
             return {**shared, "places": places, "rotations": {}}
-        visible = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        visible = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
         return {**shared, "position_embeddings": position_embeddings, "attention_mask": visible}
 
@@ -460,7 +460,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """As in transformers. The cache becomes ours before anything is asked of it."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         if cache is not None:
             adopt_cache(cache, self.config)
             if generation_config.is_assistant:
@@ -481,7 +481,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         how = (logits_processor, stopping_criteria, generation_config)
         if batch is None or not batch.carries(input_ids, generation_config, synced_gpus, kwargs):
             return super()._sample(input_ids, *how, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
-        return batch.generate(Row(input_ids, kwargs["position_ids"], kwargs["past_key_values"], *how), streamer)
+        return batch.generate(Row(input_ids, kwargs["position_ids"], kwargs["cache"], *how), streamer)
 
     def _assisted_decoding(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
@@ -490,8 +490,8 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         if not generation_config.use_mtp:
             everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus)
             return super()._assisted_decoding(*everything, **kwargs)
-        check_draft_decoding(self.config, generation_config, kwargs.get("past_key_values"), synced_gpus)
-        prompt = ("past_key_values", "position_ids", "attention_mask", "inputs_embeds")
+        check_draft_decoding(self.config, generation_config, kwargs.get("cache"), synced_gpus)
+        prompt = ("cache", "position_ids", "attention_mask", "inputs_embeds")
         decoder = DraftDecoder(
             self,
             input_ids,
@@ -521,7 +521,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -547,7 +547,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             only_last=labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1,
@@ -575,7 +575,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             if self.training
             else terms.next_token,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

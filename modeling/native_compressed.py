@@ -21,7 +21,7 @@ def decode_compressed(
     layer: nn.Module,
     hidden_states: torch.Tensor,
     places: torch.Tensor,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     token_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
     rotations: dict | None,
@@ -31,7 +31,7 @@ def decode_compressed(
     Returns:
         None where modules have to be called one by one, and nothing has been done.
     """
-    if not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
+    if not isinstance(cache, FathomCache) or cache.offloading:
         return None
     batch, tokens = places.shape
     kernels = kernels_for(layer.training, batch * tokens, hidden_states)
@@ -40,7 +40,7 @@ def decode_compressed(
     native, mixer = native_layer(layer), layer.self_attn
     if native.decodes != "compressed" or native.dtype is not hidden_states.dtype or not native.is_free():
         return None
-    cache = past_key_values.layer(mixer.layer_idx)
+    cache = cache.layer(mixer.layer_idx)
     if not isinstance(cache, CompressedCacheLayer) or not cache.tokens:
         return None
 

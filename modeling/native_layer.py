@@ -454,7 +454,7 @@ def decode_layer(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     token_mask: torch.Tensor | None,
     input_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -463,7 +463,7 @@ def decode_layer(
     Returns:
         None where modules have to be called one by one, and nothing has been done.
     """
-    known = whole_layer(layer, hidden_states, position_embeddings, past_key_values)
+    known = whole_layer(layer, hidden_states, position_embeddings, cache)
     if known is None:
         return None
     kernels, native, remembered = known
@@ -487,11 +487,11 @@ def remember_but_last(
     layer: nn.Module,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     **_,
 ) -> bool:
     """`FathomDecoderLayer.remember_but_last`; False where modules have to be called, and nothing has been done."""
-    known = whole_layer(layer, hidden_states, position_embeddings, past_key_values)
+    known = whole_layer(layer, hidden_states, position_embeddings, cache)
     if known is None:
         return False
     kernels, native, remembered = known
@@ -509,10 +509,10 @@ def whole_layer(
     layer: nn.Module,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
 ) -> tuple[Kernels, NativeLayer, FathomCacheLayer] | None:
     """What reads a layer as a whole, and where it remembers; None where modules have to be called."""
-    if position_embeddings is None or not isinstance(past_key_values, FathomCache) or past_key_values.offloading:
+    if position_embeddings is None or not isinstance(cache, FathomCache) or cache.offloading:
         return None
     mixer, tokens = layer.self_attn, hidden_states.shape[:2]
     if not isinstance(mixer, MultiHeadLatentAttention) or is_read_by_heads(tokens[1]):
@@ -523,7 +523,7 @@ def whole_layer(
     native = native_layer(layer)
     if native.decodes != "layer" or native.dtype is not hidden_states.dtype or not native.is_free():
         return None
-    return kernels, native, past_key_values.layer(mixer.layer_idx)
+    return kernels, native, cache.layer(mixer.layer_idx)
 
 
 def decode_channels(

@@ -27,7 +27,7 @@ class FathomModelOutput(FathomOutput):
 
     Args:
         last_hidden_state: [B, T, d], after the final norm; [B, 1, d] where the last token's alone was wanted.
-        past_key_values: the cache, where one is used.
+        cache: the cache, where one is used.
         hidden_states, attentions, router_logits: one tensor per layer, where asked for.
         expert_counts: tokens per routed expert of this forward, int64 [M, E]; padding is not counted, nor what a last
             layer did not read (`only_last`).
@@ -38,7 +38,7 @@ class FathomModelOutput(FathomOutput):
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -60,12 +60,12 @@ class FathomCausalLMOutput(FathomOutput):
         indexer_figures: figures of the indexers by name (`indexing.REPORT`), means over the indexers; normalised over
             tokens as `loss` is, where labels are given. `indexer_figures["loss"]` is the indexer loss, unweighted.
         balance_loss, expert_counts: as in `FathomModelOutput`, MTP layers included in training.
-        past_key_values, hidden_states, attentions, router_logits: as in `FathomModelOutput`.
+        cache, hidden_states, attentions, router_logits: as in `FathomModelOutput`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None

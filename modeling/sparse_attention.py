@@ -169,7 +169,7 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         report_indexer: bool = False,
         **kwargs,
     ) -> MixerOutput:
@@ -181,8 +181,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         learns = reports and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns):
             index_keys = self.indexer.keys(hidden_states.detach(), position_embeddings)
-        if past_key_values is not None:
-            latents, index_keys = past_key_values.update(latents, index_keys, self.layer_idx)
+        if cache is not None:
+            latents, index_keys = cache.update(latents, index_keys, self.layer_idx)
 
         attend, report = self.attend_latents, None
         selects = latents.shape[2] > self.index_topk and not self.index_dense
@@ -211,9 +211,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         output, weights = attend(query, latents, attention_mask, **kwargs)
         return MixerOutput(project(output, self.o_proj)[0], weights, report)
 
-    def remember_but_last(self, hidden_states, past_key_values, position_embeddings=None, **_) -> None:
+    def remember_but_last(self, hidden_states, cache, position_embeddings=None, **_) -> None:
         latents = self.latents(hidden_states, position_embeddings)
-        self.update_but_last(past_key_values, latents, self.indexer.keys(hidden_states, position_embeddings))
+        self.update_but_last(cache, latents, self.indexer.keys(hidden_states, position_embeddings))
 
     def reads_chosen(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether native functions may choose keys and attend to them."""

@@ -115,7 +115,7 @@ def test_a_training_step_and_other_backends_expand():
 
 def test_cache_holds_one_latent_and_one_rotary_key_per_token():
     model = FathomForCausalLM(FathomConfig.preset("v3", **{**TINY, "kv_lora_rank": 24, "qk_rope_head_dim": 8})).eval()
-    cache = model(torch.randint(3, 97, (3, 11))).past_key_values
+    cache = model(torch.randint(3, 97, (3, 11))).cache
     assert len(cache.layers) == 2
     for layer in cache.layers:
         assert layer.keys.numel() + layer.values.numel() == 3 * 11 * (24 + 8)
@@ -174,15 +174,15 @@ def test_cache_after_beam_reorder_and_crop(generation, more):
     model = FathomForCausalLM(FathomConfig.preset(generation, **sizes, initializer_range=0.1)).eval()
     first, second = torch.randint(3, 97, (3, 12)), torch.randint(3, 97, (3, more))
 
-    cache = model(first, use_cache=True).past_key_values
+    cache = model(first, use_cache=True).cache
     beams = torch.tensor([2, 0, 0])
     cache.reorder_cache(beams)
-    continued = model(second, past_key_values=cache).logits
+    continued = model(second, cache=cache).logits
     full = model(torch.cat((first[beams], second), dim=1), use_cache=False).logits
     torch.testing.assert_close(continued, full[:, 12:], atol=1e-5, rtol=0)
 
     cache.crop(7 - cache.get_seq_length())
-    continued = model(second, past_key_values=cache).logits
+    continued = model(second, cache=cache).logits
     full = model(torch.cat((first[beams, :7], second), dim=1), use_cache=False).logits
     torch.testing.assert_close(continued, full[:, 7:], atol=1e-5, rtol=0)
     assert cache.get_seq_length() == 7 + more
@@ -200,8 +200,8 @@ def test_a_prompt_into_a_static_cache(generation, attn_implementation):
     tokens = torch.randint(3, 97, (2, 12))
     cache = StaticCache(config=config, max_cache_len=40)
     expected = model(tokens, use_cache=False).logits
-    torch.testing.assert_close(model(tokens[:, :9], past_key_values=cache).logits, expected[:, :9], atol=1e-5, rtol=0)
-    torch.testing.assert_close(model(tokens[:, 9:], past_key_values=cache).logits, expected[:, 9:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(tokens[:, :9], cache=cache).logits, expected[:, :9], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(tokens[:, 9:], cache=cache).logits, expected[:, 9:], atol=1e-5, rtol=0)
 
 
 def test_rotary_frequencies_stay_in_fp32():

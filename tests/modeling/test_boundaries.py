@@ -105,8 +105,8 @@ def in_chunks(ours: FathomForCausalLM, ids: torch.Tensor, chunks: list[int], mas
     for piece in ids.split(chunks, dim=1):
         seen += piece.shape[1]
         options = {} if mask is None else {"attention_mask": mask[:, :seen]}
-        output = ours(piece, past_key_values=past, use_cache=True, **options)
-        past = output.past_key_values
+        output = ours(piece, cache=past, use_cache=True, **options)
+        past = output.cache
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -194,8 +194,8 @@ def test_documents_over_a_cache(attn_implementation, data):
     positions = torch.tensor([[position for document in lengths for position in range(document)]])
     past, logits = None, []
     for piece, places in zip(ids.split(chunks, dim=1), positions.split(chunks, dim=1), strict=True):
-        output = model("v4", attn_implementation)(piece, position_ids=places, past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = model("v4", attn_implementation)(piece, position_ids=places, cache=past, use_cache=True)
+        past = output.cache
         logits.append(output.logits[0])
     for document, got in zip(ids[0].split(lengths), torch.cat(logits).split(lengths), strict=True):
         assert_equal(got, alone("v4", tuple(document.tolist())), f"{lengths} in {chunks}")

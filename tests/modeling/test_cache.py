@@ -81,7 +81,7 @@ def read(ours, cache, ids: torch.Tensor, mask: torch.Tensor, sizes: list[int]) -
     seen, logits = ids.shape[1] - sum(sizes), []
     for size in sizes:
         piece, seen = ids[:, seen : seen + size], seen + size
-        logits.append(ours(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+        logits.append(ours(piece, attention_mask=mask[:, :seen], cache=cache).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -112,7 +112,7 @@ def test_read_in_any_pieces(generation, form, sizes):
     assert int(cache.get_seq_length()) == LENGTH
     # Without a mask, too: nothing is padded then, and a static cache has more room than tokens.
     cache = new_cache(ours, form)
-    logits = torch.cat([ours(piece, past_key_values=cache).logits for piece in ids[:1].split(sizes, 1)], 1)
+    logits = torch.cat([ours(piece, cache=cache).logits for piece in ids[:1].split(sizes, 1)], 1)
     assert_same(logits, expected[:1], mask[:1])
 
 
@@ -250,7 +250,7 @@ def test_bytes_are_those_of_the_formula(generation, form, dtype):
     for blocks in (3, 6):
         length = 12 * blocks  # whole blocks of both sizes
         cache = new_cache(ours, form, length=80)
-        ours(batch(length)[0], past_key_values=cache)
+        ours(batch(length)[0], cache=cache)
         for index, layer in enumerate(cache.layers):
             size = layer_cache_numbers(ours.config, index)
             assert layer.nbytes() == 3 * dtype.itemsize * (size.per_token * length + size.window)
@@ -276,7 +276,7 @@ def test_keys_of_a_window_can_be_looked_at(form):
 def test_places_are_the_only_bookkeeping():
     """One int64 for every token of the window or of what blocks need, and one per entry."""
     ours = model("v4")
-    cache = ours(batch(36)[0]).past_key_values
+    cache = ours(batch(36)[0]).cache
     kept = [6 + 0, max(6, 7) + 9, max(6, 11) + 3]
     assert [layer.allocated_nbytes() - layer.nbytes() for layer in cache.layers] == [3 * 8 * n for n in kept]
 
@@ -344,8 +344,8 @@ def test_generate(generation, settings):
     made = ours.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings, **GREEDY)
     assert torch.equal(made.sequences, expected)
     static = "static" in settings.get("cache_implementation", "")
-    assert type(made.past_key_values) is (FathomStaticCache if static else FathomDynamicCache)
-    assert made.past_key_values.nbytes() > 0
+    assert type(made.cache) is (FathomStaticCache if static else FathomDynamicCache)
+    assert made.cache.nbytes() > 0
 
 
 @pytest.mark.parametrize("made", ["by name", "empty", *FORMS])
@@ -359,7 +359,7 @@ def test_drafts(generation, made):
         assert torch.equal(ours.generate(ids, assistant_model=assistant, **GREEDY), expected)
         return
     cache = DynamicCache() if made == "empty" else new_cache(ours, made, 60)
-    drafted = ours.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **GREEDY)
+    drafted = ours.generate(ids, cache=cache, prompt_lookup_num_tokens=4, **GREEDY)
     assert torch.equal(drafted, expected)
 
 
@@ -379,7 +379,7 @@ def test_a_decoding_step_is_one_graph(generation):
             inputs = ours.prepare_inputs_for_generation(
                 ids[:, : t + 1],
                 next_sequence_length=1,
-                past_key_values=cache,
+                cache=cache,
                 attention_mask=mask[:, : t + 1],
                 position_ids=positions[:, : t + 1],
             )
@@ -431,20 +431,20 @@ def test_caches_that_do_not_fit():
     v3, v4, ids = model("v3"), model("v4"), batch()[0]
     for first, second in ((v3, v4), (v4, v3)):
         with pytest.raises(ValueError, match="start with a new cache"):
-            second(ids, past_key_values=first(ids).past_key_values)
+            second(ids, cache=first(ids).cache)
     used = DynamicCache()
     used.update(torch.zeros(3, 1, 3, 4), torch.zeros(3, 1, 3, 4), 0)
     with pytest.raises(ValueError, match="start with a new cache"):
-        v4(ids, past_key_values=used)
+        v4(ids, cache=used)
 
 
 @torch.no_grad()
 def test_a_filled_cache_is_adopted_with_what_is_in_it():
     """Keys that were not read by the model: a tuned prefix."""
     ours, (ids, _) = model("classic"), batch()
-    layers = ours(ids[:, :20]).past_key_values.layers
+    layers = ours(ids[:, :20]).cache.layers
     cache = DynamicCache([(layer.keys, layer.values) for layer in layers])
-    logits = ours(ids[:, 20:], past_key_values=cache).logits
+    logits = ours(ids[:, 20:], cache=cache).logits
     assert isinstance(cache, FathomDynamicCache)
     torch.testing.assert_close(logits, ours(ids, use_cache=False).logits[:, 20:], atol=1e-5, rtol=1e-5)
 
@@ -462,8 +462,8 @@ def test_a_step_copies_no_cache(generation, overrides):
                 made.append((result.numel(), func.name()))
             return result
 
-    cache = ours(ids).past_key_values
-    ours(ids[:, :1], past_key_values=cache)  # makes the buffers larger
+    cache = ours(ids).cache
+    ours(ids[:, :1], cache=cache)  # makes the buffers larger
     with Sizes():
-        ours(ids[:, :1], past_key_values=cache)
+        ours(ids[:, :1], cache=cache)
     assert max(made)[0] < cache.layers[0].keys.numel(), sorted(made)[-3:]

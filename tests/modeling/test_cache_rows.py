@@ -31,7 +31,7 @@ class Running:
 
     def prompt(self, row: int) -> DynamicCache:
         cache = DynamicCache(config=self.ours.config)
-        logits = self.ours(self.texts[row][None, : PROMPTS[row]], past_key_values=cache).logits[0]
+        logits = self.ours(self.texts[row][None, : PROMPTS[row]], cache=cache).logits[0]
         torch.testing.assert_close(logits, self.expected[row][: PROMPTS[row]], atol=1e-5, rtol=1e-5)
         return cache
 
@@ -50,7 +50,7 @@ class Running:
             read, columns = torch.tensor(self.read)[:, None], max(self.read) + 1
             mask = (torch.arange(columns) >= columns - 1 - read).long()
             logits = self.ours(
-                tokens[:, None], attention_mask=mask, position_ids=read, past_key_values=self.cache
+                tokens[:, None], attention_mask=mask, position_ids=read, cache=self.cache
             ).logits[:, 0]
             expected = torch.stack([self.expected[row][at] for row, at in zip(self.rows, self.read, strict=True)])
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_nothing_stays_of_rows_that_left(generation: str) -> None:
     running.remove(0)
     assert running.cache is not None
     alone = DynamicCache(config=running.ours.config)
-    running.ours(running.texts[2][None, : PROMPTS[2] + 4], past_key_values=alone)
+    running.ours(running.texts[2][None, : PROMPTS[2] + 4], cache=alone)
     assert running.cache.nbytes() == alone.nbytes()
     for layer, expected in zip(running.cache.layers, alone.layers, strict=True):
         torch.testing.assert_close(layer.keys, expected.keys, atol=1e-5, rtol=1e-5)
@@ -150,11 +150,11 @@ def test_what_cannot_be_put_together(generation: str) -> None:
     with pytest.raises(ValueError, match="an empty one has no rows"):
         cache.batch_append(empty)
     other = model("classic" if generation == "v4" else "v4")
-    foreign = other(texts()[0][None]).past_key_values
+    foreign = other(texts()[0][None]).cache
     with pytest.raises(ValueError, match="a growing cache of the same model"):
         cache.batch_append(foreign)
     static = StaticCache(ours.config, max_cache_len=60)
-    ours(texts()[0][None], past_key_values=static)
+    ours(texts()[0][None], cache=static)
     with pytest.raises(ValueError, match="a growing cache of the same model"):
         cache.batch_append(static)
     for columns in (-1, PROMPTS[0]):

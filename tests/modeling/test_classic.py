@@ -99,7 +99,7 @@ def test_decoding_with_cache_equals_prefill():
     cache, logits = None, []
     with torch.no_grad():
         for token in tokens.split(1, dim=1):
-            output = model(token, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(token, cache=cache, use_cache=True)
+            cache = output.cache
             logits.append(output.logits)
         torch.testing.assert_close(torch.cat(logits, 1), model(tokens).logits, atol=1e-5, rtol=0)

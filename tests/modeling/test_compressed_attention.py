@@ -63,8 +63,8 @@ def in_chunks(ours: FathomForCausalLM, ids: torch.Tensor, chunks: list[int], mas
     for piece in ids.split(chunks, dim=1):
         seen += piece.shape[1]
         options = {} if mask is None else {"attention_mask": mask[:, :seen]}
-        output = ours(piece, past_key_values=cache, use_cache=True, **options)
-        cache = output.past_key_values
+        output = ours(piece, cache=cache, use_cache=True, **options)
+        cache = output.cache
         logits.append(output.logits)
     return torch.cat(logits, dim=1), cache
 
@@ -118,7 +118,7 @@ def test_packed_documents(use_cache):
     if use_cache:
         more = tokens(3, 9)
         follow = positions[:, -1:] + 1 + torch.arange(9)
-        logits = ours(more, position_ids=follow, past_key_values=output.past_key_values).logits
+        logits = ours(more, position_ids=follow, cache=output.cache).logits
         for row, lengths in enumerate(rows):
             whole = torch.cat((ids[row, -lengths[-1] :], more[row]))
             expected = ours(whole[None], use_cache=False).logits[0, -9:]
@@ -137,10 +137,10 @@ def test_crop_is_exact(recorded, removed):
     cache.activate_past_recording()
     drafts = ids[:, kept:].clone()
     drafts[:, recorded - removed :] = 50
-    ours(drafts, attention_mask=mask, past_key_values=cache)
+    ours(drafts, attention_mask=mask, cache=cache)
     cache.crop(-removed)
     assert cache.get_seq_length() == LENGTH - removed
-    logits = ours(ids[:, LENGTH - removed :], attention_mask=mask, past_key_values=cache).logits
+    logits = ours(ids[:, LENGTH - removed :], attention_mask=mask, cache=cache).logits
     expected = ours(ids, attention_mask=mask, use_cache=False).logits[:, LENGTH - removed :]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
@@ -156,7 +156,7 @@ def test_crop_without_recording():
     # Nothing has left the window yet: no recording is needed.
     _, cache = in_chunks(ours, tokens(1, 6), [6])
     cache.crop(-2)
-    logits = ours(tokens(1, 6)[:, 4:], past_key_values=cache).logits
+    logits = ours(tokens(1, 6)[:, 4:], cache=cache).logits
     torch.testing.assert_close(logits, ours(tokens(1, 6), use_cache=False).logits[:, 4:], atol=1e-4, rtol=0)
     cache.crop(-6)
     assert cache.get_seq_length() == 0
@@ -171,7 +171,7 @@ def test_batch_operations_and_reset():
     rows = torch.tensor([2, 0, 0])
 
     def continued(cache, order):
-        return ours(more, attention_mask=full[order], past_key_values=cache).logits
+        return ours(more, attention_mask=full[order], cache=cache).logits
 
     expected = ours(torch.cat((ids[rows], more), 1), attention_mask=full[rows], use_cache=False).logits[:, -8:]
     for operation in ("reorder_cache", "batch_select_indices"):
@@ -186,7 +186,7 @@ def test_batch_operations_and_reset():
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(
-        ours(more, past_key_values=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0
+        ours(more, cache=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0
     )
 
 
@@ -300,11 +300,11 @@ def test_no_gradient_crosses_documents_or_the_future():
 def test_a_step_does_not_copy_the_past(rows):
     """Entries get a buffer with room at the first that is added; those after it are written behind them."""
     ours, ids = model(), tokens(rows, 60)
-    cache = ours(ids[:, :16], use_cache=True).past_key_values
+    cache = ours(ids[:, :16], use_cache=True).cache
     layer = next(layer for layer in cache.layers if "indexer" in layer.entries)
     buffers = []
     for t in range(16, 32):
-        ours(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        ours(ids[:, t : t + 1], cache=cache, use_cache=True)
         buffers.append((layer.entries["indexer"].shape[1], layer.entries["indexer"].data_ptr()))
     assert [count for count, _ in buffers] == [(t + 1) // 4 for t in range(16, 32)]
     assert len({pointer for count, pointer in buffers if 5 <= count <= 7}) == 1

@@ -310,9 +310,9 @@ def test_a_cache_of_the_callers_is_filled() -> None:
     ours = model("v3")
     with sharing(ours):
         cache = DynamicCache(config=ours.config)
-        text = ours.generate(PROMPTS[0], past_key_values=cache, **GREEDY)
+        text = ours.generate(PROMPTS[0], cache=cache, **GREEDY)
         assert cache.get_seq_length() == text.shape[1] - 1
-        more = ours.generate(torch.cat((text, PROMPTS[3]), dim=1), past_key_values=cache, **GREEDY)
+        more = ours.generate(torch.cat((text, PROMPTS[3]), dim=1), cache=cache, **GREEDY)
     assert torch.equal(more, ours.generate(torch.cat((text, PROMPTS[3]), dim=1), **GREEDY))
 
 
@@ -322,7 +322,7 @@ def test_a_cache_of_the_callers_gets_no_other_rows() -> None:
     with sharing(ours) as shared, ThreadPoolExecutor(2) as pool:
         shared[1].gate.clear()
         calls = [
-            pool.submit(ours.generate, prompt, past_key_values=cache, **GREEDY)
+            pool.submit(ours.generate, prompt, cache=cache, **GREEDY)
             for prompt, cache in zip(PROMPTS, caches, strict=False)
         ]
         until(lambda: bool(shared[0]._joining))

@@ -237,10 +237,10 @@ def test_goes_on_with_a_filled_cache_and_from_embeddings(generation):
     ours, (ids, mask) = drafter(generation, 2), prompts(1)
     expected = ours.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
     cache = DynamicCache(config=ours.config)
-    first = drafted(ours, ids, mask, past_key_values=cache, max_new_tokens=15)
-    assert first.past_key_values is cache
+    first = drafted(ours, ids, mask, cache=cache, max_new_tokens=15)
+    assert first.cache is cache
     assert cache.get_seq_length() == ids.shape[1] + 14
-    whole = drafted(ours, first.sequences, torch.ones_like(first.sequences), past_key_values=cache, max_new_tokens=25)
+    whole = drafted(ours, first.sequences, torch.ones_like(first.sequences), cache=cache, max_new_tokens=25)
     assert torch.equal(whole.sequences, expected)
 
     embeds = ours.model.embed_tokens(ids)

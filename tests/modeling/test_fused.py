@@ -193,7 +193,7 @@ def test_texts_are_read_natively(generation, monkeypatch):
         with torch.no_grad():
             whole = model(ids[:1]).logits
             first = model(ids[:, :130], attention_mask=mask[:, :130], use_cache=True)
-            rest = model(ids[:, 130:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+            rest = model(ids[:, 130:], attention_mask=mask, cache=first.cache, use_cache=True)
         padded = torch.cat((first.logits, rest.logits), dim=1) * mask[..., None]
         return torch.cat((whole, padded))
 
@@ -353,11 +353,11 @@ def test_steps_of_every_generation(generation, monkeypatch):
         monkeypatch.setattr(fused, "SHORT_TEXT", tokens)
         with torch.no_grad():
             read = 180
-            cache = model(ids[:, :read], attention_mask=mask[:, :read], use_cache=True).past_key_values
+            cache = model(ids[:, :read], attention_mask=mask[:, :read], use_cache=True).cache
             steps = []
             for count in (1, 1, 3, 1, 8, 1, 1, 4, 60):
                 step = slice(read, read + count)
-                output = model(ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache, use_cache=True)
+                output = model(ids[:, step], attention_mask=mask[:, : step.stop], cache=cache, use_cache=True)
                 steps.append(output.logits)
                 read += count
         logits.append(torch.cat(steps, dim=1))
@@ -398,13 +398,13 @@ def test_tokens_do_not_depend_on_those_beside_them(generation, dtype):
     threads = torch.get_num_threads()
     for steps, rows, using in (([1, 1, 1], 1, 1), ([3], 1, 2), ([1, 1, 1], 4, 2)):
         with torch.no_grad():
-            cache = model(ids[:, :160], use_cache=True).past_key_values
+            cache = model(ids[:, :160], use_cache=True).cache
             torch.set_num_threads(using)
             cache.batch_repeat_interleave(rows)
             read, logits = 160, []
             for count in steps:
                 chunk = ids[:, read : read + count].expand(rows, -1)
-                logits.append(model(chunk, past_key_values=cache, use_cache=True).logits[:1])
+                logits.append(model(chunk, cache=cache, use_cache=True).logits[:1])
                 read += count
         torch.set_num_threads(threads)
         results.append(torch.cat(logits, dim=1))
@@ -495,8 +495,8 @@ def test_an_adapter_of_an_indexers_weights_is_heard(generation, monkeypatch):
     for tokens in (fused.SHORT_TEXT, 0):
         monkeypatch.setattr(fused, "SHORT_TEXT", tokens)
         with torch.no_grad():
-            cache = model(ids[:, :117], use_cache=True).past_key_values
-            steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in (117, 118, 119)]
+            cache = model(ids[:, :117], use_cache=True).cache
+            steps = [model(ids[:, t : t + 1], cache=cache, use_cache=True).logits for t in (117, 118, 119)]
         logits.append(torch.cat(steps, dim=1))
     torch.testing.assert_close(*logits, atol=5e-6, rtol=0)
 
@@ -528,9 +528,9 @@ def test_sparse_steps_are_native(monkeypatch):
     assert isinstance(model.model.layers[0].self_attn, DeepseekSparseAttention)
     ids = torch.randint(5, 4000, (1, 21))
     with torch.no_grad():
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = model(ids[:, :20], use_cache=True).cache
         called.clear()
-        model(ids[:, 20:], past_key_values=cache, use_cache=True)
+        model(ids[:, 20:], cache=cache, use_cache=True)
     assert called == ["choose_keys", "attend_latents"] * 4
 
 
@@ -618,6 +618,6 @@ def test_masks_of_single_heads_and_of_other_sizes_are_pytorchs(generation):
         assert (apart - plain).abs().max() > 1e-3
         with pytest.raises(RuntimeError):
             model(ids, attention_mask=causal[..., :30], use_cache=False)
-        cache = model(ids[:, :39], use_cache=True).past_key_values
+        cache = model(ids[:, :39], use_cache=True).cache
         with pytest.raises(RuntimeError):
-            model(ids[:, 39:], attention_mask=causal[..., 39:, :30], past_key_values=cache)
+            model(ids[:, 39:], attention_mask=causal[..., 39:, :30], cache=cache)

@@ -131,11 +131,11 @@ def test_token_by_token(generation, compiler, monkeypatch):
     quantized, expected = both(generation)
     ids = tokens()
     with torch.no_grad():
-        caches = [each(ids[:, :10], use_cache=True).past_key_values for each in (quantized, expected)]
+        caches = [each(ids[:, :10], use_cache=True).cache for each in (quantized, expected)]
         for start, end in ((10, 11), (11, 12), (12, 16), (16, 17), (17, 24)):
             restored.clear()
             part = [
-                each(ids[:, start:end], past_key_values=cache).logits
+                each(ids[:, start:end], cache=cache).logits
                 for each, cache in zip((quantized, expected), caches, strict=True)
             ]
             assert_close(*part)
@@ -154,10 +154,10 @@ def test_bf16_beside_int8(generation):
     with torch.no_grad():
         for i in range(6):
             outputs = [
-                each(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+                each(ids[:, i : i + 1], cache=cache, use_cache=True)
                 for each, cache in zip((quantized, expected), caches, strict=True)
             ]
-            caches = [each.past_key_values for each in outputs]
+            caches = [each.cache for each in outputs]
             found, wanted = (each.logits.float() for each in outputs)
             errors.append((found - wanted).norm() / wanted.norm())
     assert torch.stack(errors).median() < CLOSE[torch.bfloat16]

@@ -70,11 +70,11 @@ def test_logits_are_those_of_all_layers_with_all_tokens(
             output = reader(
                 ids[:, start:end],
                 attention_mask=mask[:, :end] if padding else None,
-                past_key_values=caches[index],
+                cache=caches[index],
                 use_cache=True,
                 logits_to_keep=keep,
             )
-            caches[index] = output.past_key_values
+            caches[index] = output.cache
             logits.append(output.logits[:, -1])
         torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
     expected = [[40] * 3, [40, 40, 1], [30] * 3, [30, 30, 1], [1] * 6]
@@ -89,11 +89,11 @@ def test_what_was_remembered_can_be_forgotten(kind, lengths):
     reader, ids = model(kind), tokens(50)
     logits = []
     for keep in (0, 1):
-        cache = reader(ids[:, :1], use_cache=True).past_key_values
+        cache = reader(ids[:, :1], use_cache=True).cache
         cache.activate_past_recording()
-        reader(ids[:, 1:], past_key_values=cache, logits_to_keep=keep)
+        reader(ids[:, 1:], cache=cache, logits_to_keep=keep)
         cache.crop(-7)
-        logits.append(reader(ids[:, 43:], past_key_values=cache).logits)
+        logits.append(reader(ids[:, 43:], cache=cache).logits)
     torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-4)
     assert lengths.count(1) == LAYERS * 2 + 1
 
@@ -102,7 +102,7 @@ def test_what_was_remembered_can_be_forgotten(kind, lengths):
 def test_the_cache_has_room_for_the_last_token():
     """From the beginning: it does not grow for it, which would take half as much again."""
     reader, ids = model("v3"), tokens(300)
-    whole, last = (reader(ids, use_cache=True, logits_to_keep=keep).past_key_values for keep in (0, 1))
+    whole, last = (reader(ids, use_cache=True, logits_to_keep=keep).cache for keep in (0, 1))
     assert last.allocated_nbytes() <= whole.allocated_nbytes()
 
 
@@ -144,7 +144,7 @@ FULL = {
     "a hook behind the layers": (lambda reader: listen(reader, "model.norm"), ALL),
     "a hook on the model": (lambda reader: listen(reader, "model"), ALL),
     "training": (lambda reader: reader.train() and None, ALL),
-    "a cache of fixed length": (lambda reader: {"past_key_values": StaticCache(reader.config, 64)}, ALL),
+    "a cache of fixed length": (lambda reader: {"cache": StaticCache(reader.config, 64)}, ALL),
     "a hook in another layer": (lambda reader: listen(reader, "model.layers.1.mlp"), [40, 40, 1]),
     "nothing": (lambda reader: None, [40, 40, 1]),
 }

@@ -45,7 +45,7 @@ def test_logits_are_those_of_all_heads_at_once(tokens, heads, v_head_dim, q_lora
     with torch.no_grad():
         output = reader(ids[:, :tokens], use_cache=True)
         assert counts == 2 * heads
-        following = reader(ids[:, tokens:], past_key_values=output.past_key_values).logits
+        following = reader(ids[:, tokens:], cache=output.cache).logits
         monkeypatch.setattr(attention, "TOKENS_OF_ALL_HEADS", 1000)
         expected = reader(ids).logits
     torch.testing.assert_close(torch.cat((output.logits, following), dim=1), expected, atol=1e-5, rtol=1e-4)
@@ -94,7 +94,7 @@ def test_logits_are_those_of_all_tokens_at_once(generation, hooked, monkeypatch)
                 layer.mlp.shared_experts.register_forward_hook(lambda module, inputs, output: heard.append(output))
     how = {"output_hidden_states": True, "output_router_logits": True, "use_cache": True}
     expected = reader(ids[:, :200], **how)
-    following = reader(ids[:, 200:], past_key_values=expected.past_key_values).logits
+    following = reader(ids[:, 200:], cache=expected.cache).logits
     first, heard[:] = heard[:], []
     monkeypatch.setattr(memory, "TOKENS_AT_ONCE", 32)
     found = reader(ids[:, :200], **how)
@@ -106,7 +106,7 @@ def test_logits_are_those_of_all_tokens_at_once(generation, hooked, monkeypatch)
     assert bool(heard) == hooked
     for one, other in zip(heard, first, strict=False):
         torch.testing.assert_close(one, other, **close)
-    torch.testing.assert_close(reader(ids[:, 200:], past_key_values=found.past_key_values).logits, following, **close)
+    torch.testing.assert_close(reader(ids[:, 200:], cache=found.cache).logits, following, **close)
 
 
 def test_tokens_are_treated_in_parts(monkeypatch) -> None:
@@ -161,6 +161,6 @@ def test_what_is_held_of_a_long_text(generation, most, cache, monkeypatch) -> No
     ids = torch.randint(3, 97, (1, 2048))
     with LiveBytes(reader) as live:
         output = reader(ids, use_cache=True, logits_to_keep=1)
-    hidden_states, cached = ids.numel() * 256 * 4, held_bytes(output.past_key_values)
+    hidden_states, cached = ids.numel() * 256 * 4, held_bytes(output.cache)
     assert live.most - cached < most * hidden_states
     assert cached < cache * hidden_states

@@ -29,7 +29,7 @@ def test_masks_of_steps(tokens, padding, monkeypatch):
         mask[2, 19:21] = 0
     given = None if padding == "unsaid" else mask
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True).cache
     positions = (torch.arange(tokens) + 20).expand(3, -1)
     arguments = model.config, torch.zeros(3, tokens, 8), given, cache, positions
     monkeypatch.setattr(masks, "create_causal_mask", None)  # made without it
@@ -43,7 +43,7 @@ def test_everything_else_is_for_transformers():
     config = FathomConfig.preset("v3", num_nextn_predict_layers=0, num_hidden_layers=2, attn_implementation="sdpa")
     model = FathomForCausalLM(config).eval()
     with torch.no_grad():
-        cache = model(torch.randint(5, 4000, (1, 20)), use_cache=True).past_key_values
+        cache = model(torch.randint(5, 4000, (1, 20)), use_cache=True).cache
     positions, embeds = torch.tensor([[20]]), torch.zeros(1, 1, 8)
     made = torch.ones(1, 1, 1, 21, dtype=torch.bool)
     assert causal_mask(config, embeds, made, cache, positions) is made

@@ -90,8 +90,8 @@ def test_decoding_with_cache_equals_prefill(generation, chunks):
     tokens = torch.randint(3, 97, (2, 20))
     cache, logits = None, []
     for piece in tokens.split(chunks, dim=1):
-        output = model(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(piece, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, 1), model(tokens, use_cache=False).logits, atol=1e-5, rtol=0)
 

@@ -99,11 +99,11 @@ def read(network: FathomForCausalLM, static: bool, rows: int = 2):
         cache = StaticCache(network.config, max_cache_len=80)
         adopt_cache(cache, network.config)
     with torch.no_grad():
-        output = network(ids[:, :at], attention_mask=mask[:, :at], past_key_values=cache, use_cache=True)
-        cache, logits, counts = output.past_key_values, [], []
+        output = network(ids[:, :at], attention_mask=mask[:, :at], cache=cache, use_cache=True)
+        cache, logits, counts = output.cache, [], []
         for count in (1, 1, 3, 1, 5, 2):
             seen, at = slice(at, at + count), at + count
-            output = network(ids[:, seen], attention_mask=mask[:, :at], past_key_values=cache, use_cache=True)
+            output = network(ids[:, seen], attention_mask=mask[:, :at], cache=cache, use_cache=True)
             logits.append(output.logits)
             counts.append(output.expert_counts)
     return torch.cat(logits, 1), counts, cache
@@ -189,8 +189,8 @@ def test_a_text_in_one_call(kind, lengths, static, padded, dtype, calls, module_
         for length in (*lengths, 1):
             ids, at = all_ids[:, at : at + length], at + length
             mask = real[:, :at] if padded else None
-            output = network(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = network(ids, attention_mask=mask, cache=cache, use_cache=True)
+            cache = output.cache
             logits.append(output.logits)
             counts.append(output.expert_counts)
         return torch.cat(logits, dim=1)[real.bool()].float(), counts, cache
@@ -225,7 +225,7 @@ def test_what_a_last_layer_remembers(kind, length, dtype, module_by_module, monk
         module_by_module(by_modules)
         cache = DynamicCache(config=layer.self_attn.config)
         adopt_cache(cache, layer.self_attn.config)
-        inputs = {"position_embeddings": rotation, "past_key_values": cache}
+        inputs = {"position_embeddings": rotation, "cache": cache}
         assert decoder_layer.remember_but_last(layer, hidden, **inputs) is not by_modules
         if by_modules:
             layer.remember_but_last(hidden, **inputs)
@@ -247,12 +247,12 @@ def test_which_texts_are_read_otherwise(calls, monkeypatch):
     assert calls == whole
     calls.clear()
     network(torch.randint(5, 4000, (1, 201)))
-    network(torch.randint(5, 4000, (1, 100)), past_key_values=first.past_key_values)
+    network(torch.randint(5, 4000, (1, 100)), cache=first.cache)
     assert "decode_layer" not in calls
     network = model("v3", max_position_embeddings=10_000)
     first = network(torch.randint(5, 4000, (1, 200)), use_cache=True)
     calls.clear()
-    network(torch.randint(5, 4000, (1, 130)), past_key_values=first.past_key_values)
+    network(torch.randint(5, 4000, (1, 130)), cache=first.cache)
     network(torch.randint(5, 4000, (1, 20)), is_causal=False)
     monkeypatch.setattr(attention, "TOKENS_OF_ALL_HEADS", 29)
     network(torch.randint(5, 4000, (1, 30)))
@@ -305,10 +305,10 @@ def test_a_full_static_cache_says_so_itself():
     network, ids = model("v3"), torch.arange(5, 15).unsqueeze(0)
     cache = StaticCache(network.config, max_cache_len=11)
     with torch.no_grad():
-        network(ids, past_key_values=cache, use_cache=True)
-        network(ids[:, :1], past_key_values=cache, use_cache=True)
+        network(ids, cache=cache, use_cache=True)
+        network(ids[:, :1], cache=cache, use_cache=True)
         with pytest.raises((IndexError, RuntimeError)):
-            network(ids[:, :1], past_key_values=cache, use_cache=True)
+            network(ids[:, :1], cache=cache, use_cache=True)
 
 
 def step(network: FathomForCausalLM, **settings):
@@ -316,8 +316,8 @@ def step(network: FathomForCausalLM, **settings):
     torch.manual_seed(2)
     ids = torch.randint(5, 4000, (1, 31))
     with torch.no_grad():
-        cache = network(ids[:, :30], use_cache=True).past_key_values
-        return network(ids[:, 30:], past_key_values=cache, use_cache=True, **settings)
+        cache = network(ids[:, :30], use_cache=True).cache
+        return network(ids[:, 30:], cache=cache, use_cache=True, **settings)
 
 
 class Doubled(nn.Module):
@@ -468,12 +468,12 @@ def compiled_steps(network: FathomForCausalLM) -> torch.Tensor:
     torch._dynamo.reset()
     forward, logits = torch.compile(network.forward, fullgraph=True, backend="aot_eager"), []
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        network(ids[:, :36], attention_mask=mask[:, :36], past_key_values=cache, use_cache=True)
+        network(ids[:, :36], attention_mask=mask[:, :36], cache=cache, use_cache=True)
         for t in range(36, 40):
             inputs = network.prepare_inputs_for_generation(
                 ids[:, : t + 1],
                 next_sequence_length=1,
-                past_key_values=cache,
+                cache=cache,
                 attention_mask=mask[:, : t + 1],
                 position_ids=positions[:, : t + 1],
             )

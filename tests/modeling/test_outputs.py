@@ -82,8 +82,8 @@ def test_attention_weights(generation):
             assert (total < 1).all()
         else:
             torch.testing.assert_close(total, torch.ones_like(total))
-    cache = ours(ids[:, :19]).past_key_values
-    decoded = ours(ids[:, 19:], past_key_values=cache, output_attentions=True).attentions
+    cache = ours(ids[:, :19]).cache
+    decoded = ours(ids[:, 19:], cache=cache, output_attentions=True).attentions
     for weights, single in zip(outputs.attentions, decoded, strict=True):
         # A window's cache forgets tokens that are no longer seen, so compare the weights that are not 0.
         for row in range(2):

@@ -30,7 +30,7 @@ def test_packed_documents_equal_documents_alone(generation, attn_implementation,
     positions = torch.tensor([[position for length in row for position in range(length)] for row in ROWS])
     with torch.no_grad():
         packed = model(tokens, position_ids=positions)
-        assert (packed.past_key_values is None) == training
+        assert (packed.cache is None) == training
         for row, lengths in enumerate(ROWS):
             for document, logits in zip(tokens[row].split(lengths), packed.logits[row].split(lengths), strict=True):
                 alone = model(document[None]).logits[0]

@@ -89,8 +89,8 @@ def test_logits_with_cache(variant, chunks):
     tokens = ids(2, 70)
     cache, logits = None, []
     for piece in tokens.split(chunks, dim=1):
-        output = ours(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = ours(piece, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), stock(tokens, use_cache=False).logits, atol=TOLERANCE, rtol=0)
 

@@ -102,8 +102,8 @@ def test_decoding_sees_the_adapters(generation):
     """MLA decodes with `kv_b_proj` on the other side of the product, which an adapter cannot follow."""
     ours, ids = adapted(generation), tokens(length=24)
     whole = logits(ours, ids)
-    cache = ours(input_ids=ids[:, :20]).past_key_values
-    steps = [logits(ours, ids[:, i : i + 1], past_key_values=cache) for i in range(20, 24)]
+    cache = ours(input_ids=ids[:, :20]).cache
+    steps = [logits(ours, ids[:, i : i + 1], cache=cache) for i in range(20, 24)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 20:], atol=2e-5, rtol=0)
 
 

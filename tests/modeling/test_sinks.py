@@ -186,8 +186,8 @@ def test_parts_of_a_chunk_over_a_cache(alone, monkeypatch):
     ours, ids = model(), tokens(2, 60)
     cache, logits = None, []
     for piece in ids.split([3, 21, 1, 35], dim=1):
-        output = ours(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = ours(piece, cache=cache, use_cache=True)
+        cache = output.cache
         logits.append(output.logits)
     expected = model("eager")(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
@@ -203,7 +203,7 @@ def test_decoding_reads_the_window_and_the_chosen_entries(monkeypatch, lengths):
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[1, :9] = 0
     expected = model("eager")(ids, attention_mask=mask, use_cache=False).logits[:, 40:]
-    cache = ours(ids[:, :40], attention_mask=mask[:, :40], use_cache=True).past_key_values
+    cache = ours(ids[:, :40], attention_mask=mask[:, :40], use_cache=True).cache
     read, attend = [], eager_with_sinks
 
     def spy(query, keys, *options):
@@ -212,7 +212,7 @@ def test_decoding_reads_the_window_and_the_chosen_entries(monkeypatch, lengths):
 
     monkeypatch.setattr(compressed_attention, "eager_with_sinks", spy)
     for t in range(40, 60):
-        logits = ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+        logits = ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t - 40], atol=1e-4, rtol=0)
     window, top_k, block = 7, 4, 12
     needed = [[window, window + top_k, window + (t + 1) // block] for t in range(40, 60)]
@@ -225,7 +225,7 @@ def test_entries_are_made_by_tokens_that_complete_a_block(monkeypatch):
     ours, ids = model(token_mixers="csa", num_hidden_layers=1, num_nextn_predict_layers=0), tokens(2, 30)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, :2] = 0
-    cache = ours(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).past_key_values
+    cache = ours(ids[:, :16], attention_mask=mask[:, :16], use_cache=True).cache
     made, make = [], Compressor.forward
 
     def spy(compressor, *inputs):
@@ -234,7 +234,7 @@ def test_entries_are_made_by_tokens_that_complete_a_block(monkeypatch):
 
     monkeypatch.setattr(Compressor, "forward", spy)
     for t in range(16, 30):
-        ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
+        ours(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache)
     assert sorted(set(made)) == [17, 19, 21, 23, 25, 27, 29]
 
 

@@ -186,12 +186,12 @@ def test_without_scores_the_most_recent_keys_are_read(attn_implementation):
     positions = torch.arange(30)[None]
     alone = trained(ids[:, -8:], position_ids=positions[:, -8:], use_cache=False).logits[:, -1]
     torch.testing.assert_close(trained(ids, use_cache=False).logits[:, -1], alone, atol=1e-5, rtol=0)
-    cache = trained(ids[:, :29]).past_key_values
-    torch.testing.assert_close(trained(ids[:, 29:], past_key_values=cache).logits[:, 0], alone, atol=1e-5, rtol=0)
+    cache = trained(ids[:, :29]).cache
+    torch.testing.assert_close(trained(ids[:, 29:], cache=cache).logits[:, 0], alone, atol=1e-5, rtol=0)
 
 
 def cached_logits(trained: FathomForCausalLM, ids: torch.Tensor, chunks: list[int], cache, **kwargs) -> torch.Tensor:
-    logits = [trained(piece, past_key_values=cache, use_cache=True, **kwargs).logits for piece in ids.split(chunks, 1)]
+    logits = [trained(piece, cache=cache, use_cache=True, **kwargs).logits for piece in ids.split(chunks, 1)]
     return torch.cat(logits, dim=1)
 
 
@@ -302,22 +302,22 @@ def test_cache_operations(more):
     """After beam reorder, repetition, selection and crop: the logits of the sequences that are left."""
     trained = model()
     first, second = tokens(3, 12), tokens(3, more + 20)[:, :more]
-    cache = trained(first, use_cache=True).past_key_values
+    cache = trained(first, use_cache=True).cache
 
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2, 5]))
     first = first[torch.tensor([2, 0, 0])]
     full = trained(torch.cat((first, second), dim=1), use_cache=False).logits
-    torch.testing.assert_close(trained(second, past_key_values=cache).logits, full[:, 12:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained(second, cache=cache).logits, full[:, 12:], atol=1e-4, rtol=0)
 
     cache.crop(9 - cache.get_seq_length())
     full = trained(torch.cat((first[:, :9], second), dim=1), use_cache=False).logits
-    torch.testing.assert_close(trained(second, past_key_values=cache).logits, full[:, 9:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained(second, cache=cache).logits, full[:, 9:], atol=1e-4, rtol=0)
 
     cache.reset()
     full = trained(second, use_cache=False).logits
-    torch.testing.assert_close(trained(second, past_key_values=cache).logits, full, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained(second, cache=cache).logits, full, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("heads", [1, 32])
@@ -351,7 +351,7 @@ def test_attention_weights_lie_on_the_chosen_keys():
 
 @torch.no_grad()
 def test_cache_holds_a_latent_a_rotary_key_and_an_indexer_key_per_token():
-    cache = model(index_head_dim=20)(tokens(3, 11)).past_key_values
+    cache = model(index_head_dim=20)(tokens(3, 11)).cache
     assert len(cache.layers) == 3
     for layer in cache.layers:
         assert layer.keys.numel() + layer.values.numel() == 3 * 11 * (16 + 16 + 20)
@@ -366,9 +366,9 @@ def test_left_padding_takes_no_places():
     padded = trained(ids, attention_mask=mask, use_cache=False).logits[:1, 13:]
     torch.testing.assert_close(padded, alone, atol=1e-4, rtol=0)
 
-    cache = trained(ids[:, :20], attention_mask=mask[:, :20]).past_key_values
+    cache = trained(ids[:, :20], attention_mask=mask[:, :20]).cache
     for end in range(21, 31):
-        logits = trained(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache).logits
+        logits = trained(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=cache).logits
         torch.testing.assert_close(logits[:1], alone[:, end - 14 : end - 13], atol=1e-4, rtol=0)
 
 
@@ -383,10 +383,10 @@ def test_a_static_cache_compiles_as_one_graph():
     trained, ids = model(num_hidden_layers=1), tokens(2, 30)
     cache = StaticCache(config=trained.config, max_cache_len=40)
     step = torch.compile(trained, fullgraph=True, backend="eager")
-    trained(ids[:, :28], past_key_values=cache)
+    trained(ids[:, :28], cache=cache)
     expected = trained(ids, use_cache=False).logits
     for position in (28, 29):
-        logits = step(ids[:, position : position + 1], past_key_values=cache).logits
+        logits = step(ids[:, position : position + 1], cache=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-4, rtol=0)
 
 

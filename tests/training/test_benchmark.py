@@ -201,8 +201,8 @@ def test_training_losses_are_those_of_stock(pair):
 def test_bytes_held_are_counted_once_with_their_room(pair):
     ours = FathomForCausalLM.from_pretrained(pair["fathom"])
     with torch.inference_mode():
-        cache = ours(torch.arange(3, 40).unsqueeze(0), use_cache=True).past_key_values
-        ours(torch.tensor([[5]]), past_key_values=cache)
+        cache = ours(torch.arange(3, 40).unsqueeze(0), use_cache=True).cache
+        ours(torch.tensor([[5]]), cache=cache)
     assert held_bytes(cache) == cache.allocated_nbytes() > cache.nbytes()
     rows = torch.zeros(10, 4)
     plain = DynamicCache()

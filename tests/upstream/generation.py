@@ -63,7 +63,7 @@ class GenerationTests:
             for attention in attentions:
                 assert attention.shape[:3] == (rows, config.num_attention_heads, new)
         if cached:
-            assert outputs.past_key_values.get_seq_length() == prompt + steps - 1
+            assert outputs.cache.get_seq_length() == prompt + steps - 1
 
     def all_outputs(self, model, inputs, **options):
         model.set_attn_implementation("eager")
@@ -149,7 +149,7 @@ class GenerationTests:
                 inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
             expected = model.generate(**inputs, **options)
             got = model.generate(**inputs, **options, cache_implementation="static", disable_compile=True)
-            assert isinstance(got.past_key_values, StaticCache)
+            assert isinstance(got.cache, StaticCache)
             self.assert_same(expected, got)
 
     def test_generate_continue_from_past_key_values(self):
@@ -162,7 +162,7 @@ class GenerationTests:
             second = model.generate(
                 first.sequences,
                 attention_mask=mask,
-                past_key_values=first.past_key_values,
+                cache=first.cache,
                 **options,
                 max_new_tokens=1,
             )
@@ -180,7 +180,7 @@ class GenerationTests:
             second = model.generate(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(embeds.shape[:2]),
-                past_key_values=first.past_key_values,
+                cache=first.cache,
                 **options,
                 max_new_tokens=1,
             )

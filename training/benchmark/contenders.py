@@ -140,21 +140,21 @@ class Decoding:
         self.cache: Cache | None = StaticCache(config, max_cache_len=tokens.shape[1]) if contender.static else None
         for start in range(0, context, CHUNK):
             chunk = tokens[:, start : min(start + CHUNK, context)]
-            output = contender.model(chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.cache = output.past_key_values
+            output = contender.model(chunk, cache=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = output.cache
 
     def step(self) -> torch.Tensor:
         """Reads the next token, and returns its logits [B, V]."""
         start, self.read = self.read, self.read + 1
         if not self.contender.static:
             token = self.tokens[:, start : self.read]
-            return self.contender.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            return self.contender.model(token, cache=self.cache, use_cache=True).logits[:, -1]
         text = self.tokens[:, : self.read]
         mask = torch.ones_like(text)
         inputs = self.contender.model.prepare_inputs_for_generation(
             text,
             next_sequence_length=1,
-            past_key_values=self.cache,
+            cache=self.cache,
             attention_mask=mask,
             position_ids=mask.cumsum(dim=1) - 1,
         )
