@@ -35,6 +35,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -298,6 +299,7 @@ class FathomModel(FathomPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -317,7 +319,7 @@ class FathomModel(FathomPreTrainedModel):
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
-            cache: cache of the tokens before these.
+            cache: cache of the tokens before these. Its old name `past_key_values` is deprecated, as in transformers.
             use_cache: return a cache; never in training.
             only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
                 alone (`last_token`), and the output has T = 1.
@@ -516,6 +518,7 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
