@@ -13,6 +13,8 @@ Every layer, and the cache as a whole, has `nbytes`, `allocated_nbytes`, `crop`,
 and `drop_oldest` too.
 """
 
+import copy
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
@@ -86,6 +88,12 @@ class FathomDynamicCache(FathomCache, DynamicCache):
         for layer, others in zip(self.layers, other.layers, strict=True):
             layer.batch_append(others)
 
+    def copied(self) -> "FathomDynamicCache":
+        """A cache with the same tensors, of which the two may then keep different rows (`batch_select_indices`)."""
+        other = copy.copy(self)
+        other.layers = [layer.copied() for layer in self.layers]
+        return other
+
     def drop_oldest(self, columns: int) -> None:
         """Forgets columns at the beginning that are padding in every row, as when the longest row has been removed.
 
@@ -135,6 +143,13 @@ def adopt_cache(cache: Cache, config) -> None:
             layer.update(cache.layers[index].keys, cache.layers[index].values)
         cache.layers[index : index + 1] = [layer]
     cache.__class__ = FathomStaticCache if static else FathomDynamicCache
+
+
+def empty_cache(config) -> FathomDynamicCache:
+    """A growing cache without tokens."""
+    cache = DynamicCache(config=config)
+    adopt_cache(cache, config)
+    return cache  # type: ignore[return-value]
 
 
 def check_widths(cache: Cache, config) -> None:

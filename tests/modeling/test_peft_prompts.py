@@ -20,7 +20,9 @@ KINDS = {
     "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL),
 }
 # Hash layers of V4 route by token id, which a virtual token has not; latents are no keys and values of heads.
-WITH_PROMPTS = [(kind, generation) for kind in ("prompt", "encoder") for generation in GENERATIONS if generation != "v4"]
+WITH_PROMPTS = [
+    (kind, generation) for kind in ("prompt", "encoder") for generation in GENERATIONS if generation != "v4"
+]
 WITH_PREFIXES = [("prefix", "classic"), ("prefix", "moe")]
 every_pair = pytest.mark.parametrize(("kind", "generation"), WITH_PROMPTS + WITH_PREFIXES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning", "ignore:Position ids are not supp")
