@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
@@ -456,6 +456,17 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             self.shared_batch.close()
         self.shared_batch = SharedBatch(self, **limits)
         return self.shared_batch
+
+    def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[GenerationConfig, dict]:
+        """As in transformers, where a `max_new_tokens` that was stored with the model beats a caller's `max_length`."""
+        prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)
+
+        def asks_for(limit: str) -> bool:
+            return any(said is not None for said in (kwargs.get(limit), getattr(generation_config, limit, None)))
+
+        if asks_for("max_length") and not asks_for("max_new_tokens"):
+            prepared.max_new_tokens = None
+        return prepared, rest
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """As in transformers. The cache becomes ours before anything is asked of it."""
