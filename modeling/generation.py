@@ -59,6 +59,17 @@ class FathomGenerationMixin(GenerationMixin):
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
+    def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[GenerationConfig, dict]:
+        """As in transformers, where a `max_new_tokens` that was stored with the model beats a caller's `max_length`."""
+        prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)
+
+        def asks_for(limit: str) -> bool:
+            return any(said is not None for said in (kwargs.get(limit), getattr(generation_config, limit, None)))
+
+        if asks_for("max_length") and not asks_for("max_new_tokens"):
+            prepared.max_new_tokens = None
+        return prepared, rest
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """As in transformers. The cache becomes ours before anything is asked of it."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
