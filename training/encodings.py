@@ -143,7 +143,7 @@ def _is_latin_in_pairs(text: str) -> bool:
 def _is_mostly_utf8(sample: bytes) -> bool:
     text = sample.decode("utf-8", errors="replace")
     damaged = text.count("\ufffd")
-    return sum(character > "\x7f" for character in text) - damaged > 4 * damaged
+    return sum(character > "\x7f" for character in text) - damaged >= max(damaged, 1)
 
 
 def is_chinese(text: str) -> bool:

@@ -26,7 +26,7 @@ IGNORED = -100
 DOCUMENTS_AT_ONCE = 1000
 BYTES_AT_ONCE = 1 << 24  # of text; its ids take 60 bytes each until they are written
 
-Rows = TypeVar("Rows", Dataset, IterableDataset)
+Rows = TypeVar("Rows", bound=Dataset | IterableDataset)
 
 
 def pack_documents(

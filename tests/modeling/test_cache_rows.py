@@ -49,9 +49,7 @@ class Running:
             tokens = torch.stack([self.texts[row][read] for row, read in zip(self.rows, self.read, strict=True)])
             read, columns = torch.tensor(self.read)[:, None], max(self.read) + 1
             mask = (torch.arange(columns) >= columns - 1 - read).long()
-            logits = self.ours(
-                tokens[:, None], attention_mask=mask, position_ids=read, cache=self.cache
-            ).logits[:, 0]
+            logits = self.ours(tokens[:, None], attention_mask=mask, position_ids=read, cache=self.cache).logits[:, 0]
             expected = torch.stack([self.expected[row][at] for row, at in zip(self.rows, self.read, strict=True)])
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
             self.read = [at + 1 for at in self.read]

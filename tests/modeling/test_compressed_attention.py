@@ -185,9 +185,7 @@ def test_batch_operations_and_reset():
     torch.testing.assert_close(continued(cache, zeros), expected, atol=1e-4, rtol=0)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(
-        ours(more, cache=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(ours(more, cache=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0)
 
 
 def test_prompt_lookup_equals_greedy():
