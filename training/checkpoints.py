@@ -99,7 +99,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
             raise UserError(f"cannot save to {target}: it is a file; choose another folder")
         try:
             staging.mkdir(parents=True)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
+            if _is_no_space(error):
+                raise
             raise UserError(f"cannot save to {target}: {error.strerror}; choose another folder") from error
         try:
             yield staging
