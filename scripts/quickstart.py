@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from ..training.checkpoints import latest_checkpoint, staged_directory
+from ..training.checkpoints import checkpoint_folders, staged_directory
 from ..training.errors import UserError
+from ..training.resumable import latest_checkpoint
 from .arguments import parse
 from .cli import run
 
@@ -45,8 +46,9 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"{result.parent} was made by `{done[verb]}`, not by `{command}`; choose another --out")
             print(f"\n== {verb}: {result.parent} is there")
             continue
-        if latest_checkpoint(result.parent) is not None:
-            arguments = [*arguments, "--resume"]
+        if checkpoint_folders(result.parent):
+            # Where none of them is whole, there is nothing to go on from.
+            arguments = [*arguments, "--resume" if latest_checkpoint(result.parent) else "--overwrite"]
         print(f"\n== {shlex.join(['fathom', verb, *arguments])}", flush=True)
         code = import_module(f".{verb}", __package__).main(arguments)
         if code:

@@ -132,6 +132,19 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     ]
 
 
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of UTF-8 text that each id stands for, none for control tokens: `token_byte_lengths` of them."""
+    control = set(tokenizer.added_tokens_decoder)
+    # GPT-2's alphabet: a byte that prints is its own character, the others follow from U+0100 on in order.
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in prints]
+    byte_of = {chr(byte): byte for byte in prints} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return [
+        b"" if token_id in control else bytes(byte_of[character] for character in token)
+        for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    ]
+
+
 def _bare_tokenizer(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PRE_TOKEN_SPLITS]
