@@ -100,18 +100,14 @@ class SampleCallback(TrainerCallback):
         print("  sample: " + ("\n" + " " * 10).join(lines), flush=True)
 
 
-def describe(model, arguments, counts, flops, peak, tokens_per_row, rows, heldout_rows, sampled_rows=None) -> None:
-    """Prints what was derived before any of it costs time."""
+def describe(model, arguments, counts, flops, peak, tokens_per_row, rows, heldout_rows, evaluation="") -> None:
+    """Prints what was derived before any of it costs time; `evaluation` says what is measured within the run."""
     config = model.config
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     total = arguments.max_steps * rows_per_step * tokens_per_row
     share = counts["embedding"] / counts["total"]
-    mtp = loss = sample = ""
-    if sampled_rows is not None and sampled_rows < heldout_rows:
-        sample = (
-            f"evaluation  {sampled_rows:,} held-out rows spread over all documents, at the end all {heldout_rows:,}; "
-            "gzip and xz on the same text\n"
-        )
+    mtp = loss = ""
+    evaluation = f"evaluation  {evaluation}\n" if evaluation else ""
     if config.num_nextn_predict_layers:
         mtp = f"; {counts['mtp'] / 1e6:.2f} M MTP beside these"
         loss = (
@@ -123,7 +119,7 @@ def describe(model, arguments, counts, flops, peak, tokens_per_row, rows, heldou
         f"parameters  {counts['total'] / 1e6:.2f} M total, {counts['active'] / 1e6:.2f} M active per token, "
         f"{share:.0%} embedding and head{mtp}\n"
         f"data        {rows:,} rows to train on, {heldout_rows:,} held out, {tokens_per_row:.0f} tokens per row\n"
-        f"{sample}"
+        f"{evaluation}"
         f"training    {arguments.max_steps:,} steps x {rows_per_step * tokens_per_row:,.0f} tokens = "
         f"{total / 1e6:.2f} M tokens, {total / (rows * tokens_per_row):.1f} passes over the data\n"
         f"{loss}"

@@ -32,6 +32,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from .checkpoints import staged_directory
 from .errors import UserError
+from .secrecy import public
 
 HELDOUT_FRACTION = 0.05
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -179,7 +180,7 @@ def build_corpus(
         splits, rule = _split(Dataset.from_file(arrow), sizes, is_heldout, heldout_fraction)
         heldout_bytes, gzip_bits, xz_bits = _compressed(splits["heldout"]["text"])
         report = CorpusReport(
-            sources=list(sources),
+            sources=public(sources),
             files=len(files),
             train_documents=len(splits["train"]),
             train_bytes=size - heldout_bytes,

@@ -138,22 +138,27 @@ def rotate(run_dir: Path, limit: int | None, protected: Collection[Path], known:
 
     Args:
         run_dir: folder of the run.
-        limit: how many to keep, the protected ones included; None or 0 keeps all.
+        limit: how many whole ones to keep, the protected ones included; None or 0 keeps all.
         protected: checkpoints that stay: the newest, the best.
         known: those that are known to be whole; what is read and found whole here is added.
     """
     if not limit:
         return
     protected = {path.absolute() for path in protected}
-    others = limit - len(protected)
+
+    def is_whole(folder: Path) -> bool:
+        if folder not in known and _is_whole(folder):
+            known.add(folder)
+        return folder in known
+
+    others = limit - sum(is_whole(folder) for folder in protected)
     for folder in checkpoint_folders(Path(run_dir).absolute()):
         if folder in protected:
             continue
         if others <= 0:
             _remove(folder)
-        elif folder in known or _is_whole(folder):
-            known.add(folder)
-            others -= 1
+        else:
+            others -= is_whole(folder)
 
 
 def clear_leftovers(run_dir: Path) -> None:

@@ -187,13 +187,15 @@ def run_training(
     counts = model.parameter_counts()
     model.generation_config = generation_config(tokenizer)
     sample = spread_sample(heldout, options.eval_rows or len(heldout))
-    whole = Yardsticks("held-out", yardsticks)
-    beside = whole
+    beside = whole = Yardsticks("held-out", yardsticks)
+    evaluation = ""
     if len(sample) < len(heldout):
         beside = Yardsticks("held-out sample", {})
+        evaluation = f"{len(sample):,} held-out rows spread over all documents, at the end all {len(heldout):,}"
         if token_texts is not None and yardsticks:
             beside = Yardsticks(beside.text, compressed_bits_per_byte(target_text(sample, token_texts)))
-    describe(model, arguments, counts, flops, peak, tokens_per_row, len(train), len(heldout), len(sample))
+            evaluation += "; gzip and xz of the same text"
+    describe(model, arguments, counts, flops, peak, tokens_per_row, len(train), len(heldout), evaluation)
 
     def record(state) -> dict[str, Any]:
         return {

@@ -297,7 +297,7 @@ def test_rotation_never_costs_whole_checkpoints(whole, limit, best):
         assert protected <= left
         assert len(kept) >= min(len(before), limit or len(before))
         newest_first = sorted(before - protected, key=lambda folder: int(folder.name[11:]), reverse=True)
-        room = max(limit - len(protected), 0) if limit else len(newest_first)
+        room = max(limit - len(protected & before), 0) if limit else len(newest_first)
         assert kept == (before & protected) | set(newest_first[:room])
 
 

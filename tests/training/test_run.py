@@ -190,7 +190,7 @@ def test_other_ranks_are_quiet(monkeypatch, capsys):
 
 
 def test_lines_fit_a_terminal_even_with_large_numbers():
-    console = run.ConsoleCallback(3e9, 1e15, Yardsticks("held-out sample", {"gzip": 2.345, "xz": 2.123}))
+    console = run.ConsoleCallback(3e9, 1e15, Yardsticks("held-out", {"gzip": 2.345, "xz": 2.123}))
     state = SimpleNamespace(global_step=90_000, max_steps=100_000, num_input_tokens_seen=0)
     console.restart(state)
     state.num_input_tokens_seen, state.global_step, console.seconds = 50_000_000, 90_010, 20.0
@@ -202,7 +202,7 @@ def test_lines_fit_a_terminal_even_with_large_numbers():
     assert len(line) <= 120
     logs = {"bits_per_byte": 2.3, "perplexity": 1234.5, "targets": 12_345_678, "mtp_loss": 10.2, "expert_load": 12.3}
     line = console.evaluation_line({f"eval_{name}": value for name, value in logs.items()})
-    assert "held-out sample (12,345,678 tokens): 2.300 bits per byte, gzip 2.345, xz 2.123; perplexity 1234.5" in line
+    assert "held-out (12,345,678 tokens): 2.300 bits per byte, gzip 2.345, xz 2.123; perplexity 1234.5" in line
     assert len(line) <= 120
 
 
