@@ -48,6 +48,7 @@ from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .fused import project
 from .generation import FathomGenerationMixin
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
+from .idle_parameters import take_part
 from .indexing import TrainableIndexer
 from .int8 import is_quantized, quantize
 from .last_token import of_last, reads_last_alone
@@ -247,6 +248,11 @@ class FathomPreTrainedModel(OfficialCheckpoints):
             if isinstance(module, ExpertRouter) and not name.endswith(".original_module")
         ]
 
+    def add_expert_load(self, expert_counts: torch.Tensor, first: int = 0) -> None:
+        """Adds a training forward's counts [routers, E] to the routers from the `first` on, in the layers' order."""
+        for router, counts in zip(self.routers()[first:], expert_counts, strict=False):
+            router.add_load(counts)
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters, from shapes alone (works on the meta device).
 
@@ -348,6 +354,11 @@ class FathomModel(FathomPreTrainedModel):
             statistics.append(LayerStatistics(*found))
 
         expert_counts, balance_loss = self.collect_routing(statistics)
+        if self.training and expert_counts is not None and torch.is_grad_enabled():
+            # Here, not in the language model: TRL's trainers call this model and compute their loss from its output.
+            self.add_expert_load(expert_counts)
+        if self.training:
+            hidden_states = take_part(hidden_states, self.parameters_of_other_losses())
         last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
             last_hidden_state=last_hidden_state,
@@ -357,6 +368,14 @@ class FathomModel(FathomPreTrainedModel):
             indexer_reports=stack_reports(statistics),
             final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
+
+    def parameters_of_other_losses(self) -> Iterator[nn.Parameter]:
+        """Those that the next token's loss does not reach: of MTP layers and of indexers."""
+        for layer in self.mtp_layers:
+            yield from layer.parameters()
+        for module in self.modules():
+            if isinstance(module, TrainableIndexer):
+                yield from module.parameters()
 
     def check_inputs(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
         """Raises unless there is exactly one of the two, or what hash routing needs."""
@@ -494,9 +513,9 @@ class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
             )
             if self.training and terms.draft_counts is not None:
                 drafts = terms.draft_counts
+                if torch.is_grad_enabled():
+                    self.add_expert_load(drafts, first=0 if expert_counts is None else len(expert_counts))
                 expert_counts = drafts if expert_counts is None else torch.cat((expert_counts, drafts))
-        if self.training and expert_counts is not None and torch.is_grad_enabled():
-            self.add_expert_load(expert_counts)
 
         return FathomCausalLMOutput(
             loss=terms.weighed(self.config, labels, kwargs.get("num_items_in_batch"))
@@ -576,11 +595,6 @@ class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
             )
             states = output.states
             yield output, targets_ahead(labels, position_ids, depth)
-
-    def add_expert_load(self, expert_counts: torch.Tensor) -> None:
-        """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        for router, counts in zip(self.routers(), expert_counts, strict=False):
-            router.add_load(counts)
 
 
 def _classifier_config(config: FathomConfig) -> FathomConfig:

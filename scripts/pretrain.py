@@ -56,26 +56,27 @@ class PretrainOptions:
 
 def main(argv: Sequence[str]) -> int:
     options, run_options = parse("pretrain", str(__doc__), (PretrainOptions, RunOptions), argv)
+    from ..training.run import run_folder, start
+
+    start(run_options)
+    with run_folder(Path(options.out), run_options) as checkpoint:
+        return train(argv, options, run_options, checkpoint)
+
+
+def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions, checkpoint: Path | None) -> int:
+    """Everything between the options and the trained model; returns the exit code."""
     from ..demo.generation import raw_prompt
     from ..modeling.modeling_fathom import FathomForCausalLM
-    from ..tokenizer import token_byte_lengths
+    from ..tokenizer.bpe import token_byte_lengths, token_texts
     from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
     from ..training.packing import collate_rows, pack_documents
     from ..training.resuming import refuse_another_config
-    from ..training.run import (
-        check_out,
-        continuation,
-        device_of_run,
-        run_training,
-        start,
-        training_arguments,
-    )
+    from ..training.run import continuation, run_training
     from ..training.stages import STAGES, enter_stage
+    from ..training.trainer_arguments import device_of_run, training_arguments
 
-    start(run_options)
     out = Path(options.out)
-    checkpoint = check_out(out, run_options)
     if options.stage not in STAGES:
         raise UserError(
             f"--stage {options.stage} is unknown{did_you_mean(options.stage, STAGES)}; use {', '.join(STAGES)}"
@@ -116,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
         arguments=arguments,
         checkpoint=checkpoint,
         yardsticks={name: report[f"{name}_bits_per_byte"] for name in ("gzip", "xz")},
+        token_texts=token_texts(tokenizer),
         say=lambda model: continuation(model, tokenizer, prompt, new_tokens=32),
         facts={"generation": config.generation, "size": options.size, "corpus": report},
     )

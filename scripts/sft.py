@@ -53,6 +53,15 @@ class SftRunOptions(RunOptions):
 
 def main(argv: Sequence[str]) -> int:
     options, run_options = parse("sft", str(__doc__), (SftOptions, SftRunOptions), argv)
+    from ..training.run import run_folder, start
+
+    start(run_options)
+    with run_folder(Path(options.out), run_options) as checkpoint:
+        return train(argv, options, run_options, checkpoint)
+
+
+def train(argv: Sequence[str], options: SftOptions, run_options: SftRunOptions, checkpoint: Path | None) -> int:
+    """Everything between the options and the trained model; returns the exit code."""
     from functools import partial
 
     from ..tokenizer.bpe import token_byte_lengths
@@ -61,18 +70,10 @@ def main(argv: Sequence[str]) -> int:
     from ..training.packing import pad_conversations
     from ..training.questions import load_conversations
     from ..training.resuming import refuse_another_config
-    from ..training.run import (
-        check_out,
-        continuation,
-        device_of_run,
-        run_training,
-        start,
-        training_arguments,
-    )
+    from ..training.run import continuation, run_training
+    from ..training.trainer_arguments import device_of_run, training_arguments
 
-    start(run_options)
     out = Path(options.out)
-    checkpoint = check_out(out, run_options)
     tokenizer = load_tokenizer(options.model)
     skipped: list[str] | None = [] if options.skip_bad_rows else None
     conversations = load_conversations(options.data, skipped)

@@ -145,6 +145,20 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return lengths
 
 
+def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of UTF-8 text that each id stands for, none for control tokens: `token_byte_lengths` of them."""
+    # GPT-2's alphabet: a byte that prints is its own character, the others follow from U+0100 on in order.
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in prints]
+    byte_of = {chr(byte): byte for byte in prints} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
+    added |= dict.fromkeys(control_tokens(tokenizer).values(), b"")
+    return [
+        added[token_id] if token_id in added else bytes(byte_of[character] for character in token)
+        for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    ]
+
+
 def _learned_from(texts: Iterable[str]) -> Iterator[str]:
     left = _LONG_WORD_CHARACTERS
 

@@ -31,6 +31,7 @@ from ..tokenizer.pieces import pieces
 from .checkpoints import staged_directory
 from .errors import UserError
 from .row_files import LINE_KINDS, ROW_KINDS, BadRow, missing_column, read_rows, unit_of
+from .secrecy import public
 from .sources import Found, TextFile, resolve
 from .text_files import DAMAGED, LONGEST_DOCUMENT, document_parts, encoding_of, kind_of, shown, text_of, why
 
@@ -170,7 +171,7 @@ def build_corpus(
         splits, rule = _split(Dataset.from_file(arrow), sizes, is_heldout, heldout_fraction)
         heldout_bytes, gzip_bits, xz_bits = _compressed(row["text"] for row in splits["heldout"])
         report = CorpusReport(
-            sources=[shown(source) for source in sources],
+            sources=public([shown(source) for source in sources]),
             files=len(found.files) - len(reading.unread),
             train_documents=len(splits["train"]),
             train_bytes=size - heldout_bytes,
