@@ -173,6 +173,7 @@ class HashRouter(ExpertRouter):
         self.seed = layer_idx
         self.tid2eid: torch.Tensor
         self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_check_table)
 
     def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.tid2eid[input_ids]
@@ -180,6 +181,30 @@ class HashRouter(ExpertRouter):
     def fused_choice(self, input_ids: torch.Tensor | None) -> tuple:
         weighing = SCORING_NUMBERS[self.scoring_func], self.norm_topk_prob, self.routed_scaling_factor
         return (self.top_k, 1, 1, 1, *weighing), None, self.tid2eid, input_ids
+
+    @torch.no_grad()
+    def check_table(self, name: str = "") -> None:
+        """Makes a table that was loaded int64, which indices have to be.
+
+        Args:
+            name: the router's, for the message.
+
+        Raises:
+            ValueError: it does not hold the numbers of experts that there are.
+        """
+        table, what = self.tid2eid, f"{name}.tid2eid".lstrip(".")
+        if table.is_meta:
+            return
+        if table.is_floating_point() or table.is_complex() or table.dtype is torch.bool:
+            raise ValueError(f"{what} is {table.dtype}; it must hold the numbers of experts, as int64")
+        if table.shape[1:] != (self.top_k,):
+            raise ValueError(
+                f"{what} is {list(table.shape)}; a row must have num_experts_per_tok = {self.top_k} experts"
+            )
+        wrong = table[(table < 0) | (table >= self.num_experts)]
+        if len(wrong):
+            raise ValueError(f"{what} names expert {int(wrong[0])}; there are experts 0 to {self.num_experts - 1}")
+        self.tid2eid = table.to(torch.int64)
 
     @torch.no_grad()
     def reset_table(self) -> None:
@@ -192,6 +217,10 @@ class HashRouter(ExpertRouter):
         kept = min(vocab_size, len(self.tid2eid))
         table[:kept] = self.tid2eid[:kept]
         self.tid2eid = table
+
+
+def _check_table(router: HashRouter, _) -> None:
+    router.check_table()
 
 
 def balanced_table(vocab_size: int, top_k: int, num_experts: int, seed: int) -> torch.Tensor:

@@ -117,15 +117,20 @@ class FathomPreTrainedModel(OfficialCheckpoints):
                     module.requires_grad_(False)
 
     def copy_router_buffers(self) -> None:
-        """Lets go of the file that a model was loaded from in another dtype.
+        """Lets go of the file that a model was loaded from in another dtype, and looks at the tables that are from it.
 
         Weights are converted, but routing biases (fp32) and tables (int64) stay as they are, and as long as they are
         parts of the mapped file all of it stays in memory.
+
+        Raises:
+            ValueError: a table that names experts there are not.
         """
-        for module in self.modules():
+        for path, module in self.named_modules():
             if isinstance(module, ExpertRouter):
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.clone())
+            if isinstance(module, HashRouter):
+                module.check_table(path)
 
     # transformers decides both by searching the text of this file, for `@use_experts_implementation` and the call of
     # its attention interface; they stand in `experts` and `attention`.

@@ -12,6 +12,7 @@ from torch import nn
 PLAIN = (torch.Tensor, nn.Parameter)
 # Sinkhorn's steps. A config may say any number, and in a native function no interrupt is heard.
 MOST_ITERATIONS = 1000
+LARGEST_REAL = torch.finfo(torch.float32).max
 
 
 def fits(tensor: torch.Tensor, dtype: torch.dtype, *shape: int) -> bool:
@@ -33,13 +34,10 @@ def lies_in_rows(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def readable(mask: torch.Tensor | None, batch: int, tokens: int, keys: int) -> bool:
-    """Whether the native functions can read a mask as [B or 1, T, S]: boolean, of that size, keys side by side.
-
-    There may be more keys than are looked at, as in a static cache.
-    """
+    """Whether the native functions can read a mask as [B or 1, T, S]: boolean, of that size, keys side by side."""
     if mask is None:
         return True
-    size = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] == tokens and mask.shape[2] >= keys
+    size = mask.dim() == 3 and mask.shape[0] in (1, batch) and mask.shape[1] == tokens and mask.shape[2] == keys
     return size and mask.dtype is torch.bool and type(mask) in PLAIN and mask.is_cpu and mask.stride(-1) == 1
 
 
@@ -60,6 +58,16 @@ def angles_fit(cos: torch.Tensor, sin: torch.Tensor, batch: int, tokens: int, ro
     shape = cos.shape
     fit = len(shape) == 3 and sin.shape == shape and shape[0] in (1, batch) and shape[1] == tokens
     return fit and (rotary is None or 2 * shape[2] == rotary)
+
+
+def is_real(number: float) -> bool:
+    """Whether a number is one of fp32, which is what the native functions make of it."""
+    return -LARGEST_REAL <= number <= LARGEST_REAL
+
+
+def limit_fits(limit: float | None) -> bool:
+    """Whether activations can be clamped to -limit ... limit."""
+    return limit is None or limit >= 0
 
 
 def choice_fits(choice: tuple[int | float, ...], experts: int, by_table: bool) -> bool:

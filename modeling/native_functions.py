@@ -21,7 +21,9 @@ from .native_arguments import (
     choice_fits,
     fits,
     fits_side_by_side,
+    is_real,
     lies_in_rows,
+    limit_fits,
     readable,
     seen,
 )
@@ -99,7 +101,7 @@ class Kernels:
         if x.dim() != 4 or not angles_fit(cos, sin, x.shape[0], x.shape[1]):
             return None
         width, heads = x.shape[-1], x.shape[-2]
-        inside = 0 <= first <= width - 2 * cos.shape[2] and 0 <= norm_width <= width
+        inside = 0 <= first <= width - 2 * cos.shape[2] and 0 <= norm_width <= width and is_real(eps)
         if not inside or (norm is not None and norm.shape != (norm_width,)):
             return None
         output = torch.empty_like(x)
@@ -125,7 +127,7 @@ class Kernels:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
         """RMSNorm of [..., d]."""
-        if weight.shape != x.shape[-1:]:
+        if weight.shape != x.shape[-1:] or not is_real(eps):
             return None
         output = torch.empty_like(x)
         width = x.shape[-1]
@@ -315,6 +317,8 @@ class Kernels:
         tokens, experts, top_k = x.shape[0], weight.shape[0], int(choice[0])
         if x.dim() != 2 or weight.shape != (experts, x.shape[1]) or not choice_fits(choice, experts, table is not None):
             return None
+        if not is_real(choice[-1]):
+            return None
         if bias is not None and not fits(bias, torch.float32, experts):
             return None
         vocabulary = 0
@@ -343,7 +347,7 @@ class Kernels:
         limit: float | None,
     ) -> torch.Tensor | None:
         """Tokens [N, d] through their experts [N, K], weighted by fp32 [N, K] and added: [N, d]."""
-        if not _experts_fit(x, indices, weights, gate_up, down):
+        if not _experts_fit(x, indices, weights, gate_up, down) or not limit_fits(limit):
             return None
         output = torch.empty_like(x)
         done = self.functions.mix_channels(
@@ -358,7 +362,12 @@ class Kernels:
     ) -> torch.Tensor | None:
         """Tokens [..., d] through one gated network, weights [I, d], [I, d] and [d, I]: [..., d]."""
         inner, width = len(gate), x.shape[-1]
-        if gate.shape != (inner, width) or up.shape != gate.shape or down.shape != (width, inner):
+        if (
+            gate.shape != (inner, width)
+            or up.shape != gate.shape
+            or down.shape != (width, inner)
+            or not limit_fits(limit)
+        ):
             return None
         output = torch.empty_like(x)
         self.functions.mix_channels(
@@ -379,11 +388,13 @@ class Kernels:
         iterations: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """What a sub-layer reads of streams [B, T, n, d]: [B, T, d]; and its fp32 weights `StreamMixing`."""
+        if streams.dim() != 4:
+            return None
         batch, tokens, n, width = streams.shape
         rows = (2 + n) * n
         if fn.shape != (rows, n * width) or base.shape != (rows,) or scale.shape != (3,):
             return None
-        if not 1 <= iterations <= MOST_ITERATIONS:
+        if not 1 <= iterations <= MOST_ITERATIONS or not is_real(norm_eps) or not is_real(eps):
             return None
         post, residual = torch.empty(batch, tokens, n), torch.empty(batch, tokens, n, n)
         addresses = iterations, post.data_ptr(), residual.data_ptr()
@@ -395,6 +406,8 @@ class Kernels:
         """Streams [B, T, n, d] as one, [B, T, d], by `hc_fn`, `hc_base` and `hc_scale`."""
         n, width = streams.shape[2:]
         if [each.shape for each in weights] != [(n, n * width), (n,), (1,)]:
+            return None
+        if not is_real(norm_eps) or not is_real(eps):
             return None
         return self._sum_streams(streams, weights, norm_eps, eps, (0, None, None))
 
@@ -456,7 +469,7 @@ class Kernels:
         limit: float | None,
     ) -> torch.Tensor | None:
         """`mix_experts` by int8 weights with fp32 scales [E, 2 I] and [E, d]."""
-        if not _experts_fit(x, indices, weights, gate_up, down, torch.int8):
+        if not _experts_fit(x, indices, weights, gate_up, down, torch.int8) or not limit_fits(limit):
             return None
         scales_fit = fits(gate_up_scale, torch.float32, *gate_up.shape[:2])
         if not scales_fit or not fits(down_scale, torch.float32, *down.shape[:2]):

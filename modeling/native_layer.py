@@ -28,7 +28,7 @@ from .fused import SILU, is_short_text
 from .hyper_connections import HyperConnection
 from .int8 import Int8Experts, Int8GroupedLinear, Int8Linear
 from .last_token import listens
-from .native_arguments import MOST_ITERATIONS, choice_fits, fits
+from .native_arguments import MOST_ITERATIONS, choice_fits, fits, is_real, limit_fits
 from .native_structures import (
     ChannelMixer,
     CompressedAttention,
@@ -55,6 +55,20 @@ class _Unfit(Exception):
 def size(number: int) -> int:
     """A size of a module, if it can be one: a structure would keep the last 64 bits of any number."""
     if not 1 <= number < EVERYTHING:
+        raise _Unfit
+    return number
+
+
+def limit(number: float | None) -> float:
+    """What activations are clamped to; infinity: to nothing."""
+    if number is not None and not limit_fits(number):
+        raise _Unfit
+    return math.inf if number is None else number
+
+
+def real(number: float) -> float:
+    """A number that fp32 has, as PyTorch asks for too."""
+    if not is_real(number):
         raise _Unfit
     return number
 
@@ -181,7 +195,7 @@ class NativeLayer:
         return Matrix(numbers, self.pointer(scale, *shape[:-1], dtype=torch.float32))
 
     def norm(self, module: nn.Module, width: int) -> tuple[int, float]:
-        return self.weight(module, width, kind=FathomRMSNorm), module.eps  # type: ignore[return-value]
+        return self.weight(module, width, kind=FathomRMSNorm), real(module.eps)  # type: ignore[return-value]
 
     def connection(self, module: nn.Module) -> Connection:
         if type(module) is ResidualConnection:
@@ -191,7 +205,7 @@ class NativeLayer:
         n = size(module.hc_mult)
         fn, base = self.pointer(module.fn, (2 + n) * n, n * self.layer.width), self.pointer(module.base, (2 + n) * n)
         scale = self.pointer(module.scale, 3)
-        return Connection(n, fn, base, scale, module.norm_eps, module.hc_eps, module.sinkhorn_iters)
+        return Connection(n, fn, base, scale, real(module.norm_eps), real(module.hc_eps), module.sinkhorn_iters)
 
     def latent_attention(self, norm: nn.Module, module: nn.Module) -> LatentAttention:
         if type(module) not in (MultiHeadLatentAttention, DeepseekSparseAttention):
@@ -206,7 +220,7 @@ class NativeLayer:
             rotary=rotary,
             value_width=value_width,
             interleaved=bool(module.rope_interleave),
-            scale=module.scaling,
+            scale=real(module.scaling),
             kv_a=self.matrix(module.kv_a_proj_with_mqa, rank + rotary, width),
             kv_b=self.weight(module.kv_b_proj, heads * (nope + value_width), rank),
             out=self.matrix(module.o_proj, width, heads * value_width),
@@ -241,7 +255,7 @@ class NativeLayer:
             norm=self.pointer(norm.weight, width),
             norm_bias=self.pointer(norm.bias, width),
             weights=self.weight(module.weights_proj, heads, self.layer.width, kind=Float32Linear),
-            eps=norm.eps,
+            eps=real(norm.eps),
             heads=heads,
             width=width,
             # A dense model's indexer keeps its keys, and chooses nothing.
@@ -263,8 +277,8 @@ class NativeLayer:
             rotary=rotary,
             window=size(module.window),
             groups=groups,
-            head_eps=module.norm_eps,
-            scale=module.scaling,
+            head_eps=real(module.norm_eps),
+            scale=real(module.scaling),
             q_rank=q_rank,
             q_a=self.matrix(module.q_a_proj, q_rank, width),
             q_b=self.matrix(module.q_b_proj, heads * head, q_rank),
@@ -321,7 +335,7 @@ class NativeLayer:
         found.experts, inner = size(router.num_experts), size(experts.down_proj.shape[2])
         if experts.num_experts != found.experts or module.num_experts != found.experts:
             raise _Unfit
-        if not choice_fits(choice, found.experts, table is not None):
+        if not choice_fits(choice, found.experts, table is not None) or not is_real(choice[-1]):
             raise _Unfit
         names = "top_k groups best_groups group_top scoring normalises weight_scale"
         for name, number in zip(names.split(), choice, strict=True):
@@ -340,7 +354,7 @@ class NativeLayer:
             found.gate_up = Matrix(self.pointer(experts.gate_up_proj, *shapes[0]), None)
             found.down = Matrix(self.pointer(experts.down_proj, *shapes[1]), None)
         found.inner = inner
-        found.limit = math.inf if experts.swiglu_limit is None else experts.swiglu_limit
+        found.limit = limit(experts.swiglu_limit)
         if module.shared_experts is not None:
             self.everyone(found, module.shared_experts)
         return found
@@ -353,7 +367,7 @@ class NativeLayer:
         mixer.shared_gate = self.matrix(module.gate_proj, inner, width)
         mixer.shared_up = self.matrix(module.up_proj, inner, width)
         mixer.shared_down, mixer.shared_inner = self.matrix(module.down_proj, width, inner), inner
-        mixer.limit = math.inf if module.swiglu_limit is None else module.swiglu_limit
+        mixer.limit = limit(module.swiglu_limit)
 
 
 _natives: WeakKeyDictionary[nn.Module, NativeLayer] = WeakKeyDictionary()

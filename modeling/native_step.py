@@ -48,7 +48,11 @@ def decode_layer(
     keys = int(remembered.get_seq_length()) + tokens
     name = native.function(layer.self_attn, batch, tokens, keys, masked=attention_mask is not None)
     visible = one_for_all_heads(attention_mask)
-    if name is None or (attention_mask is not None and visible is None) or not readable(visible, batch, tokens, keys):
+    # Of a static cache a mask has all columns, of which the first so many are looked at.
+    columns = max(keys, remembered.get_max_length())
+    if name is None or (attention_mask is not None and visible is None):
+        return None
+    if not readable(visible, batch, tokens, columns):
         return None
     step = step_of(native, hidden_states, position_embeddings, visible, token_mask, input_ids)
     if step is None:
@@ -220,7 +224,9 @@ def room(native: NativeLayer, remembered: FathomCacheLayer, hidden_states: torch
             return None
         if (*each.shape[:2], each.shape[3]) != (batch, 1, width) or each.shape[2] < start:
             return None
-        side_by_side = each.stride()[2:] == (width, 1) or not each.numel()  # MLA leaves the values empty
+        # Rows of their own, so that one sequence's keys are not written over another's. MLA leaves the values empty.
+        own = each.stride()[2:] == (width, 1) and (batch == 1 or each.stride(0) >= each.shape[2] * width)
+        side_by_side = own or not each.numel()
         if not side_by_side or (isinstance(remembered, StaticKeyValueCacheLayer) and each.shape[2] < start + tokens):
             return None
     if remembered.take(tokens) is None:

@@ -505,7 +505,7 @@ def test_masks_that_can_be_read():
     mask = torch.rand(2, 3, 5) < 0.5
     assert native_arguments.readable(None, 2, 3, 5)
     assert native_arguments.readable(mask, 2, 3, 5)
-    assert native_arguments.readable(mask, 2, 3, 4)
+    assert not native_arguments.readable(mask, 2, 3, 4)
     assert native_arguments.readable(mask[:1], 2, 3, 5)
     assert native_arguments.readable(mask[:1].expand(2, -1, -1), 2, 3, 5)
     assert not native_arguments.readable(mask, 2, 3, 6)
