@@ -8,9 +8,12 @@
 
 `transformers serve` looks a model's class up in transformers itself, whatever `--trust-remote-code` says
 (cli/serving/model_manager.py, `_load_model`); this verb puts Fathom's there and starts the same server, whose requests
-to a model share its forwards (`serving`, `modeling/continuous_batching`).
+to a model share its forwards (`serving`, `modeling/continuous_batching`). SIGINT and SIGTERM end it within seconds:
+open streams have `GRACE` seconds to end by themselves.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +24,8 @@ from ..training.errors import UserError
 from .arguments import parse
 from .chat import free_port
 from .cli import run
+
+GRACE = 3  # seconds for open streams to end by themselves, and as many for threads to end
 
 
 @dataclass
@@ -36,9 +41,15 @@ class ServeOptions:
     max_cached_tokens: int = field(
         default=65536, metadata={"help": "Most tokens of the cache in all rows, with the padding of shorter ones."}
     )
+    max_waiting: int = field(
+        default=64, metadata={"help": "Most requests that wait beside those; further ones are answered with 429."}
+    )
+    max_body: int = field(
+        default=2**22, metadata={"help": "Most bytes of a request; larger ones are answered with 413."}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_cached_tokens"):
+        for name in ("max_rows", "max_cached_tokens", "max_waiting", "max_body"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -57,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
     from ..modeling.modeling_fathom import FathomForCausalLM
     from ..training.checkpoints import check_checkpoint, load_tokenizer
-    from .serving import build_app
+    from .serving import build_service
 
     if options.model is not None:
         load_tokenizer(options.model)
@@ -67,9 +78,17 @@ def main(argv: Sequence[str]) -> int:
     if port != options.port:
         print(f"port    {options.port} is taken, using {port}")
     print(f"serve   http://{options.host}:{port}/v1  (Ctrl-C ends it)", flush=True)
-    limits = {"max_rows": options.max_rows, "max_cached_tokens": options.max_cached_tokens}
+    limits = {name: getattr(options, name) for name in ("max_rows", "max_cached_tokens", "max_waiting")}
+    service = build_service(options.model, limits, options.max_body)
     with suppress(KeyboardInterrupt):
-        uvicorn.run(build_app(options.model, limits), host=options.host, port=port)
+        uvicorn.run(service.app, host=options.host, port=port, timeout_graceful_shutdown=GRACE)
+    # uvicorn's first signal waits for open streams, the second does not; from here on none is needed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not service.close(GRACE):
+        # A thread is still in native code: Python's own end would abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 
