@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
 from ..tokenizer import check_text
+from ..training.chat_templates import render_chat
 from ..training.errors import UserError
 from .sampling import Sampling
 
@@ -107,16 +107,11 @@ def chat_prompt(
     Raises:
         UserError: no chat template, a conversation the template refuses, or text that is not valid Unicode.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("this checkpoint's tokenizer has no chat template; it can only continue raw text")
     for message in messages:
         _checked(message["content"])
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True, thinking=thinking
-        )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    encoded = render_chat(tokenizer, messages, add_generation_prompt=True, return_dict=True, thinking=thinking)
+    if not encoded["input_ids"]:
+        raise UserError("the chat template renders no token from this conversation; mend chat_template.jinja")
     return encoded["input_ids"]
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from .chat_templates import check_template
 from .errors import UserError
 from .packing import IGNORED
 
@@ -39,6 +40,7 @@ def encode_conversations(conversations: Dataset, tokenizer: PreTrainedTokenizerF
 
 
 def _encode(row: dict, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    check_template(tokenizer, row["messages"])
     encoded = tokenizer.apply_chat_template(
         row["messages"],
         tokenize=True,
