@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
 from ..tokenizer import check_text, encode_chat, encode_text
-from ..training.errors import UserError
+from ..training.chat_templates import check_template
+from ..training.errors import UserError, reason
 from .sampling import Sampling
 
 TICK = 0.1  # seconds between two looks at a silent model; bounds how long a closed consumer goes unnoticed
@@ -121,18 +121,16 @@ def chat_prompt(
         UserError: no chat template, a conversation the template refuses, text that is not valid Unicode, or a name
             that is no control token.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("this checkpoint's tokenizer has no chat template; it can only continue raw text")
     for message in messages:
         _checked(message["content"])
+    options = {"add_generation_prompt": True, "thinking": thinking}
+    check_template(tokenizer, messages, **options)
     try:
-        encoded = encode_chat(
-            tokenizer, messages, allowed_special=allowed_special, add_generation_prompt=True, thinking=thinking
-        )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        encoded = encode_chat(tokenizer, messages, allowed_special=allowed_special, **options)
+    except Exception as error:
+        raise UserError(f"the chat template refuses this conversation: {reason(error)}") from error
+    if not encoded.input_ids:
+        raise UserError("the chat template renders no token from this conversation; mend chat_template.jinja")
     return encoded.input_ids
 
 

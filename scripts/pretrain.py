@@ -68,8 +68,8 @@ def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions
     from ..demo.generation import raw_prompt
     from ..modeling.modeling_fathom import FathomForCausalLM
     from ..tokenizer.bpe import token_byte_lengths, token_texts
-    from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
+    from ..training.loading import load_tokenizer
     from ..training.packing import collate_rows, pack_documents
     from ..training.resuming import refuse_another_config
     from ..training.run import continuation, run_training
@@ -161,11 +161,11 @@ def begin_with(options: PretrainOptions, tokenizer):
     Raises:
         UserError: it holds no whole model, or cannot become what is asked for.
     """
-    from ..modeling.configuration_fathom import FathomConfig
-    from ..training.checkpoints import check_checkpoint
+    from ..training.checkpoint_check import read_model_config
+    from ..training.checkpoint_files import check_checkpoint
     from ..training.stages import converted_fields, initial_model, stage_fields
 
-    config = FathomConfig.from_dict(check_checkpoint(Path(str(options.init))))
+    config = read_model_config(check_checkpoint(Path(str(options.init))), str(options.init))
     changes = converted_fields(config, options.generation or config.generation)
     model = initial_model(str(options.init), {**changes, **stage_fields(options.stage), **overrides(options)})
     check_context(options, model.config)

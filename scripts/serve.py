@@ -67,13 +67,15 @@ def main(argv: Sequence[str]) -> int:
     from transformers.cli.serving import model_manager
 
     from ..modeling.modeling_fathom import FathomForCausalLM
-    from ..training.checkpoints import check_checkpoint, load_tokenizer
+    from ..training.checkpoint_check import whole_model
+    from ..training.checkpoint_files import MODEL_TYPE
+    from ..training.loading import load_tokenizer
     from .serving import build_service
 
     if options.model is not None:
         load_tokenizer(options.model)
         if Path(options.model).is_dir():
-            check_checkpoint(Path(options.model))
+            whole_model(Path(options.model), model_types=(MODEL_TYPE,))
     model_manager.transformers.FathomForCausalLM = FathomForCausalLM
     if port != options.port:
         print(f"port    {options.port} is taken, using {port}")

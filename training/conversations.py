@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ..tokenizer import encode_chat
 from ..tokenizer.plain_text import check_allowed
 from .chat_rows import conversation, up_to_last_answer
+from .chat_templates import check_template
 from .errors import UserError
 from .packing import IGNORED, Rows, column_names, mapped
 
@@ -65,8 +66,9 @@ def _encode(
     try:
         found = conversation(row)
         messages = up_to_last_answer(found.messages)
+        check_template(tokenizer, messages, tools=found.tools)
         encoded = encode_chat(tokenizer, messages, found.tools, allowed_special=allowed_special)
-    except (ValueError, TypeError, jinja2.TemplateError) as error:
+    except (UserError, ValueError, TypeError, jinja2.TemplateError) as error:
         raise UserError(f"{place}: {error}") from error
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     if 0 in weights and encoded.answer_count != len(weights):
