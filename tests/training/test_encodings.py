@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fathom.training.encodings import detect_encoding, detect_encoding_of
 
 TEXTS = {
-    "French": "Le cœur a ses raisons que la raison ne connaît point. Où êtes-vous né, à Nîmes ? « Ça va », l’été, créé.",
+    "French": "Le cœur a ses raisons que la raison ne connaît point. Où êtes-vous né, à Nîmes ? « Ça va », l’été.",
     "German": "Die Straße führt über die Brücke, und die Bäume blühen schön. „Guten Tag“, sagte er. Übrigens: Ärger!",
     "Spanish": "¿Dónde está el niño? El año próximo será mejor, ¡qué alegría! Corazón, pingüino, 1º de mayo.",
     "Portuguese": "A população não é pequena; São Paulo tem milhões de pessoas. Às vezes, a ação e a reação. Órgãos.",
