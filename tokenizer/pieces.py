@@ -2,7 +2,7 @@ r"""Long texts in pieces, so that encoding one takes memory for a piece and not 
 
     "def f(x):\n    return x\ndef g(" -> "def f(x):\n    return x\n", "def g("
 
-No token spans a newline before a character that is no white space, or a blank between two words. Cut there, the ids of
+No token spans a newline before a character that is no white space, or the place before a blank and a word. Cut there, the ids of
 the pieces in a row are the ids of the whole text. A text without such a place (DNA, base64) is cut after `length`
 characters: its ids are then others at the cut, and decode to the same text.
 """
@@ -15,7 +15,7 @@ _NEAR_THE_END = 1 << 12  # characters
 
 # White space of Python includes all that the pre-tokenizer's patterns take for white space.
 _LINE_END = re.compile(r"\n(?=\S)")
-_WORD_END = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
+_WORD_END = re.compile(r"(?<=\S)(?= [A-Za-z])")
 
 
 def pieces(text: str, length: int = PIECE_LENGTH) -> Iterator[str]:

@@ -93,9 +93,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
     # A random name: processes of several machines that share the file system may have the same id.
     staging = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     with failures_are_clear(target):
-        if target.exists() and not target.is_dir():
-            raise UserError(f"cannot save to {target}: it is a file; choose another folder")
         try:
+            if target.exists() and not target.is_dir():
+                raise UserError(f"cannot save to {target}: it is a file; choose another folder")
             staging.mkdir(parents=True)
         except OSError as error:
             if _reason(error, target.parent) is NO_SPACE:

@@ -127,6 +127,7 @@ def build_corpus(
         raise UserError(f"heldout_fraction is {heldout_fraction}; it must be above 0 and at most 0.25")
     if max_bytes is not None and max_bytes <= 0:
         raise UserError(f"max_bytes is {max_bytes}; it must be above 0")
+    _check_name(out)
     found = resolve(sources, out)
 
     reading = _Reading()
@@ -201,6 +202,7 @@ def load_corpus(path: str | Path) -> DatasetDict:
         UserError: no corpus there, or one whose files are broken or do not belong together.
     """
     folder = Path(path)
+    _check_name(folder)
     for file in (*_SPLIT_FILES.values(), _REPORT):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is no corpus, it has no {file}; make one with: fathom corpus --out {folder}")
@@ -216,6 +218,15 @@ def load_corpus(path: str | Path) -> DatasetDict:
     if not whole:
         raise UserError(f"the corpus in {folder} is broken; make it anew with: fathom corpus --out {folder}")
     return data
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name of {shown(folder)} is not UTF-8, which pyarrow opens no other of; rename it"
+        ) from error
 
 
 @dataclass
@@ -337,8 +348,9 @@ def _split(documents: Dataset, sizes: list[int], is_heldout: list[bool], fractio
     most = int(len(longest["text"]) * (1 - fraction))
     cut = longest["text"].rfind("\n", most // 2, most) + 1
     if not cut and len(sizes) == 1:
-        is_long = sizes[0] >= _SHORTEST_CUT
-        cut = len(next(pieces(longest["text"], most))) if is_long else longest["text"].rfind("\n", 0, most) + 1
+        is_long, half = sizes[0] >= _SHORTEST_CUT, most // 2
+        in_line = half + len(next(pieces(longest["text"][half:], most - half)))
+        cut = in_line if is_long else longest["text"].rfind("\n", 0, most) + 1
     head, tail = longest["text"][:cut], longest["text"][cut:]
     if head.strip() and tail.strip():
         others = documents.select(sorted(by_size[:-1]))

@@ -8,6 +8,8 @@ the rows after it can be: who reads decides whether to go on.
 
 import csv
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ LONGEST_ROW = 1 << 29  # bytes or characters: a row is held as a whole, twice wh
 
 _CHUNK = 1 << 20  # characters
 _ROWS_AT_ONCE = 64  # of a .parquet file
+_END_OF_BLANKS, _END_OF_COMMA = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 _UNFINISHED = 16  # characters before the end in which JSON that goes on may look wrong
 
 
@@ -83,9 +86,9 @@ def missing_column(column: str, columns: Iterable[str]) -> str:
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` wrote this folder (`save_to_disk`): one split, or a dictionary of them."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+    # Not by pathlib, which raises where a path is too long.
+    has = [os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json", "dataset_info.json")]
+    return has[0] or all(has[1:])
 
 
 def open_saved_dataset(folder: Path) -> Dataset | DatasetDict:
@@ -142,47 +145,56 @@ def _object(value: Any) -> dict[str, Any] | BadRow:
 
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Of a list of objects, of objects one after the other, and of objects by the line, as many .json files are."""
+    """Of a list of objects, or of objects one after the other, as in many a .json file that has them by the line."""
     with open_text(path, encoding) as text:
-        first = text.readline(_CHUNK)
-    if first.endswith("\n") and isinstance(_parsed(first), dict):
-        yield from _json_lines(path, encoding)
-        return
-    with open_text(path, encoding) as text:
-        yield from enumerate(map(_object, _json_values(text, shown(path))), 1)
+        for number, value in enumerate(_json_values(text, shown(path)), 1):
+            yield number, value if isinstance(value, BadRow) else _object(value)
 
 
 def _json_values(text: TextIO, name: str) -> Iterator[Any]:
-    """The values of a JSON list, or of a row of JSON values, parsed one by one while the text is read."""
+    """The values of a JSON list, or of JSON values in a row, parsed one by one while the text is read.
+
+    Outside of a list, reading goes on in the line after a value that is wrong, which is given as a `BadRow`.
+    """
     decoder = json.JSONDecoder()
-    buffer, is_list, ended, count = text.read(_CHUNK).lstrip(), False, False, 0
-    if buffer.startswith("["):
-        buffer, is_list = buffer[1:], True
+    buffer = text.read(_CHUNK)
+    place = _END_OF_BLANKS.match(buffer).end()  # type: ignore[union-attr]
+    is_list = buffer.startswith("[", place)
+    place += is_list
+    ended, count = False, 0
     while True:
-        buffer = buffer.lstrip(" \t\r\n," if is_list and count else " \t\r\n")
-        if is_list and buffer.startswith("]"):
+        pattern = _END_OF_COMMA if is_list and count else _END_OF_BLANKS
+        place = pattern.match(buffer, place).end()  # type: ignore[union-attr]
+        if is_list and buffer.startswith("]", place):
             return
+        problem = None
         try:
-            value, end = decoder.raw_decode(buffer)
-        except RecursionError as error:
-            raise UserError(f"{name} row {count + 1} is JSON that is nested too deep to be read") from error
+            value, end = decoder.raw_decode(buffer, place)
+            # A number may go on.
+            goes_on = end == len(buffer) and not isinstance(value, dict | list | str)
+        except RecursionError:
+            problem, goes_on = "is JSON that is nested too deep to be read", False
         except json.JSONDecodeError as error:
+            problem = f"is no JSON: {error.msg}"
             goes_on = error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - _UNFINISHED
-            more = text.read(max(_CHUNK, len(buffer))) if goes_on and len(buffer) < LONGEST_ROW else ""
-            ended = not more
-            if ended and not buffer and not is_list:
-                return
-            if ended:
-                problem = "is too long" if len(buffer) >= LONGEST_ROW else f"is no JSON: {error.msg}"
-                raise UserError(f"{name} row {count + 1} {problem}; the rows after it cannot be found") from error
-            buffer += more
+        if goes_on and not ended and len(buffer) - place >= LONGEST_ROW:
+            problem, goes_on = "is too long", False
+        if goes_on and not ended:
+            more = text.read(max(_CHUNK, len(buffer) - place))
+            buffer, place, ended = buffer[place:] + more, 0, not more
             continue
-        if end == len(buffer) and not isinstance(value, dict | list | str) and (more := text.read(_CHUNK)):
-            buffer += more  # a number may go on
-            continue
+        if problem is not None and place == len(buffer) and not is_list:
+            return
         count += 1
-        buffer = buffer[end:]
-        yield value
+        if problem is None:
+            place = end
+            yield value
+            continue
+        line_end = -1 if is_list else buffer.find("\n", place)
+        if line_end < 0:
+            raise UserError(f"{name} row {count} {problem}; the rows after it cannot be found")
+        place = line_end
+        yield BadRow(problem)
 
 
 def _csv_rows(path: Path, encoding: str, column: str | None) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

@@ -18,10 +18,11 @@ lines = st.lists(st.sampled_from(FRAGMENTS + ODD_FRAGMENTS), max_size=60).map(""
 
 
 def is_good_place(text: str, place: int) -> bool:
-    """A newline before what is no white space, or a blank between two words."""
+    """A newline before what is no white space, or the place before a blank and a word."""
     before, after = text[place - 1], text[place : place + 2]
-    between_words = before.isascii() and before.isalpha() and after[:1] == " " and after[1:].isascii()
-    return (before == "\n" and not after[0].isspace()) or (between_words and after[1:].isalpha())
+    if after[0] == " ":
+        return not before.isspace() and after[1:].isascii() and after[1:].isalpha()
+    return before == "\n" and not after[0].isspace()
 
 
 @settings(deadline=None)
