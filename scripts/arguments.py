@@ -16,6 +16,9 @@ from transformers import HfArgumentParser
 
 from ..training.errors import UserError, did_you_mean
 
+# Bytes. A larger file is none of options, and YAML is slow to read.
+LARGEST_CONFIG = 1_000_000
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -51,12 +54,9 @@ def parse(
         if words and not words[0].startswith("-"):
             named += [f"--{name}", words.pop(0)]
     words = named + words
-    for flag in ("--config", "-c"):
-        if flag in words:
-            at = words.index(flag)
-            if at + 1 == len(words):
-                raise UserError(f"{flag} needs a file name")
-            words = _words_of(Path(words[at + 1]), known) + words[:at] + words[at + 2 :]
+    file, words = _config_file(words)
+    if file is not None:
+        words = _words_of(file, known) + words
 
     *parsed, rest = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
     unknown = [word for word in rest if word.startswith("--")] or rest
@@ -66,13 +66,41 @@ def parse(
     return tuple(part for part in parsed if type(part) in set(dataclass_types))
 
 
+def _config_file(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The file of `--config FILE` or `--config=FILE`, and the other words.
+
+    Raises:
+        UserError: no name follows, or there are two.
+    """
+    files, others = [], []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, name = word.partition("=")
+        if flag not in ("--config", "-c"):
+            others.append(word)
+            continue
+        name = name if equals else next(rest, "")
+        if not name:
+            raise UserError(f"{flag} needs a file name")
+        files.append(Path(name))
+    if len(files) > 1:
+        raise UserError(f"--config is given {len(files)} times ({', '.join(map(str, files))}); put all into one file")
+    return (files[0] if files else None), others
+
+
 def _words_of(path: Path, known: set[str]) -> list[str]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and path.stat().st_size > LARGEST_CONFIG:
+            raise UserError(f"--config {path} has {path.stat().st_size:,} bytes, more than {LARGEST_CONFIG:,}")
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:  # an impossible date; lists within lists within lists
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `option: value` lines")
     words: list[str] = []
@@ -82,5 +110,7 @@ def _words_of(path: Path, known: set[str]) -> list[str]:
         if value is None:
             continue
         items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict | set) for item in items):
+            raise UserError(f"{key} in {path} must be one value or a list of values; write name=value as text")
         words += [f"--{key}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in items)]
     return words

@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from traceback import clear_frames
 
 from ..training.errors import DivergedError, SignalError, UserError, did_you_mean
 from ..training.output import Output, watched_output
+from ..training.secrecy import without_secrets
 from .refusals import machine_refusal, signals_raise
 
 VERBS = {
@@ -34,6 +36,9 @@ VERBS = {
     "ablate": "small matched experiments over seeds, with a table and plots",
     "push": "upload model, tokenizer, code and a model card to the Hub",
 }
+
+
+RESERVE = 4_000_000  # bytes
 
 
 def usage() -> str:
@@ -67,13 +72,13 @@ def run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
 
 def say(verb: str, text: str) -> None:
     """One line on stderr, without secrets that the words of the command may have brought into it."""
-    from ..training.secrecy import without_secrets
-
     with suppress(OSError, ValueError, AttributeError):  # stderr may be gone, too
         print(f"{f'fathom {verb}'.strip()}: {without_secrets(text)}", file=sys.stderr)
 
 
 def _run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str], output: Output) -> int:
+    # Let go of when memory runs out, so that there is enough to say so.
+    reserve = bytearray(RESERVE)
     try:
         with signals_raise():
             return main(argv)
@@ -86,12 +91,15 @@ def _run(verb: str, main: Callable[[Sequence[str]], int], argv: Sequence[str], o
         say(verb, f"error: {error}")
         return 1
     except SignalError as error:
-        say(verb, error.note or "interrupted")
+        plain = "interrupted" if error.number == signal.SIGINT else f"ended by {signal.Signals(error.number).name}"
+        say(verb, error.note or plain)
         return 128 + error.number
     except KeyboardInterrupt:
         say(verb, "interrupted")
         return 130
     except Exception as error:
+        del reserve
+        clear_frames(error.__traceback__)
         if output.lost is not None:
             return 0
         if (refusal := machine_refusal(error)) is None:

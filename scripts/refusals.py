@@ -72,22 +72,39 @@ def signals_raise() -> Iterator[None]:
 
 def machine_refusal(error: BaseException) -> str | None:
     """The line that says what the machine did not give, or None if the error is a mistake of ours."""
+    smaller = "free some, or make the model, --batch_size or --sequence_length smaller"
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, MemoryError) or (
-            isinstance(seen, OSError | RuntimeError | ImportError | SystemError) and _OUT_OF_MEMORY.search(str(seen))
+        # A SystemError is what Python itself makes of memory that it did not get.
+        if isinstance(seen, MemoryError | SystemError) or (
+            isinstance(seen, OSError | RuntimeError | ImportError) and _OUT_OF_MEMORY.search(str(seen))
         ):
-            return (
-                f"memory ran out ({_first_line(seen)}); free some, or make the model, --batch_size or "
-                "--sequence_length smaller"
-            )
+            return f"memory ran out ({_first_line(seen)}); {smaller}"
         seen = seen.__cause__ or seen.__context__
+    if (limit := _exhausted_limit()) is not None:
+        return f"memory ran out (ulimit -v allows {limit / 1e6:,.0f} MB: {_first_line(error)}); {smaller}"
     if not isinstance(error, OSError):
         return None
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{where}{error.strerror}; make room"
     return f"{where}{error.strerror or _first_line(error)}"
+
+
+def _exhausted_limit() -> int | None:
+    """Bytes of address space that this process may have, if that is less than all and nearly used up.
+
+    Libraries that are half imported then raise anything.
+    """
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return None
+    return limit if limit != resource.RLIM_INFINITY and used > 0.8 * limit else None
 
 
 def _first_line(error: BaseException) -> str:

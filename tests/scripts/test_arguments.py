@@ -52,6 +52,7 @@ def test_yaml_lies_under_the_command_line(tmp_path: Path):
     assert dive("--depth", "5", "--config", str(file)).depth == 5
     assert dive("--config", str(file), "--depth", "5").depth == 5
     assert dive("-c", str(file)).depth == 20
+    assert dive(f"--config={file}").depth == 20
 
 
 def test_yaml_exponents_without_a_dot_are_numbers(tmp_path: Path):
@@ -69,6 +70,9 @@ def test_yaml_exponents_without_a_dot_are_numbers(tmp_path: Path):
         (["--depth"], "expected one argument"),
         (["stray"], "unknown option stray"),
         (["--config"], "--config needs a file name"),
+        (["--config="], "--config needs a file name"),
+        (["--config", "a.yaml", "-c", "b.yaml"], "--config is given 2 times (a.yaml, b.yaml); put all into one file"),
+        (["--config", "."], "cannot read --config .: Is a directory"),
         (["--config", "absent.yaml"], "cannot read --config absent.yaml"),
     ],
 )
@@ -87,6 +91,13 @@ def test_bad_words(words: list[str], message: str):
         ("- 1", "must hold `option: value` lines"),
         ("depth: [", "is no valid YAML"),
         ("!!python/object/apply:os.getcwd []", "is no valid YAML"),
+        ("depth: 3\x00", "is no valid YAML"),
+        ("depth: 2001-99-99", "cannot be read: month must be in"),
+        ("gases: " + "[" * 5000, "cannot be read|is no valid YAML"),
+        ("gases: {air: 1}", "gases in .* must be one value or a list of values"),
+        ("gases: [[air]]", "gases in .* must be one value or a list of values"),
+        ("? [a, b]\n: 1", "is no valid YAML"),
+        ("1: 2", "unknown key 1 in"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str):
@@ -94,6 +105,24 @@ def test_bad_files(tmp_path: Path, text: str, message: str):
     with pytest.raises(UserError, match=message) as raised:
         dive("--config", str(tmp_path / "dive.yaml"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "gb18030"])
+def test_files_of_other_encodings_are_one_line(tmp_path: Path, encoding: str):
+    (tmp_path / "dive.yaml").write_bytes("place: Élégie 礁\n".encode(encoding, "replace"))
+    with pytest.raises(UserError, match=r"--config .*dive.yaml is not UTF-8 \(byte \d+\): save it as UTF-8"):
+        dive("--config", str(tmp_path / "dive.yaml"))
+
+
+def test_a_byte_order_mark_is_no_key(tmp_path: Path):
+    (tmp_path / "dive.yaml").write_bytes(b"\xef\xbb\xbfdepth: 4\n")
+    assert dive("--config", str(tmp_path / "dive.yaml")).depth == 4
+
+
+def test_a_large_file_is_no_file_of_options(tmp_path: Path):
+    (tmp_path / "dive.yaml").write_text("depth: 4\n" * 200_000)
+    with pytest.raises(UserError, match="has 1,800,000 bytes, more than 1,000,000"):
+        dive("--config", str(tmp_path / "dive.yaml"))
 
 
 def test_yaml_does_not_hide_a_bad_command_line(tmp_path: Path):

@@ -59,7 +59,7 @@ def test_run_json_states_what_was_run_and_carries_its_parent(data, whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["parent"] == json.loads((data / "pretrain" / "run.json").read_text())
     assert (record["verb"], record["generation"], record["steps"]) == ("sft", "v3", 3)
-    assert record["data"] == str(data / "conversations.jsonl")
+    assert record["data"] == "conversations.jsonl"
     assert shlex.split(record["command"])[:2] == ["fathom", "sft"]
     lengths = sorted(token_counts(data))
     # Twelve conversations were read, without padding.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import make_corpus_and_tokenizer, pretrain_words
 
@@ -21,6 +21,7 @@ from fathom.training.heldout import compressed_bits_per_byte, spread_sample, tar
 from fathom.training.packing import pack_documents
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 500), st.integers(1, 200))
 def test_a_sample_has_one_row_of_each_part(total: int, count: int):
     rows = Dataset.from_dict({"n": range(total)})
@@ -64,6 +65,7 @@ def test_targets_are_the_documents_but_for_the_first_token_of_each_row(data: Pat
     assert len(target_text(rows, texts)) == sum(len(text.encode()) for text in documents["text"]) - lost
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.binary(min_size=1, max_size=3000))
 def test_bits_per_byte_are_those_of_the_programs(text: bytes):
     figures = compressed_bits_per_byte(text)

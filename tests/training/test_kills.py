@@ -37,10 +37,10 @@ def whole(data: Path) -> dict[str, Path]:
 
 
 def places(seed: int, count: int) -> Iterator[tuple[str, int]]:
-    """Where to kill. Writing a checkpoint opens, makes, renames and removes some fifty files."""
+    """Where to kill. Writing a checkpoint opens, makes, renames and removes files some 150 times."""
     chosen = random.Random(seed)
     for number in range(count):
-        yield ("step", chosen.randint(1, 3)) if number % 3 == 1 else ("file", chosen.randint(5, 130))
+        yield ("step", chosen.randint(1, 3)) if number % 3 == 1 else ("file", chosen.randint(5, 420))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
