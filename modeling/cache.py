@@ -16,10 +16,14 @@ and `drop_oldest` too.
 import copy
 
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.utils import logging
 
 from .cache_layers import FathomCacheLayer, KeyValueCacheLayer, StaticKeyValueCacheLayer
 from .compressed_cache import CompressedCacheLayer, StaticCompressedCacheLayer
+
+logger = logging.get_logger(__name__)
 
 
 class FathomCache(Cache):
@@ -112,6 +116,21 @@ class FathomStaticCache(FathomCache, StaticCache):
     """An adopted `StaticCache`."""
 
 
+def offloaded_where_it_can_be(generation_config: GenerationConfig) -> GenerationConfig:
+    """The settings of a call of `generate`, with a cache that stays where it is if there is no accelerator.
+
+    An offloaded cache keeps its layers on the CPU while an accelerator does not need them. Without one all of it is
+    there anyway; transformers asks for a stream all the same, and a CUDA build of PyTorch has none without a driver.
+    """
+    kind = generation_config.cache_implementation
+    if kind is None or "offloaded" not in kind or torch.accelerator.is_available():
+        return generation_config
+    logger.warning_once(f"cache_implementation='{kind}': there is no accelerator, so the cache is on the CPU as it is")
+    generation_config = copy.copy(generation_config)
+    generation_config.cache_implementation = "static" if "static" in kind else "dynamic"
+    return generation_config
+
+
 def adopt_cache(cache: Cache, config) -> None:
     """Makes a `DynamicCache` or `StaticCache` one of ours, in place; nothing happens to one that is.
 
@@ -188,5 +207,5 @@ def cache_layer(config, layer_idx: int, max_cache_len: int | None = None) -> Fat
         "hca": (config.compress_rate_hca, config.compress_rate_hca - 1),
     }[config.token_mixer(layer_idx)]
     if max_cache_len is None:
-        return CompressedCacheLayer(config.sliding_window - 1, tail)
+        return CompressedCacheLayer(config.sliding_window - 1, tail, block)
     return StaticCompressedCacheLayer(config.sliding_window - 1, tail, block, max_cache_len)

@@ -245,11 +245,13 @@ class StaticCacheLayer(FathomCacheLayer):
         self.max_cache_len = max_cache_len
         self.is_initialized = False
         # Were it a number, a compiled step would be compiled again for every token.
-        self.length = torch.tensor(0)
+        self.length = torch.zeros((), dtype=torch.int64)
 
     def start(self, device: torch.device) -> None:
         self.device = device
-        self.length = self.fixed(self.length.to(device))
+        if self.length.device != device:
+            self.length = torch.zeros_like(self.length, device=device)
+        self.length = self.fixed(self.length)
         self.is_initialized = True
 
     def fixed(self, rows: torch.Tensor) -> torch.Tensor:

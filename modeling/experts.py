@@ -37,10 +37,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
 from .fused import FEW_TOKENS, PLAIN, SCORING_NUMBERS, SILU, kernels_for
+from .host import host_can_read
 from .memory import in_parts
 from .precision import KeepsFloat32Buffers, float32_linear
 from .products import fits_functions
 from .sorted_experts import SortedExperts, sort_slots
+from .unread_experts import mix_unread
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -279,22 +281,26 @@ class RoutedExperts(nn.Module):
 def sorted_mm_experts_forward(
     experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way on a CPU.
+    """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way everywhere.
 
-    Only there: the numbers of rows have to be known, which an accelerator would be waited for. Where experts have few
-    rows, grouped products cost less (`GROUPED_ROWS`), and single tokens are best read one by one.
+    On a CPU the numbers of rows are known. Where experts have few rows, grouped products cost less (`GROUPED_ROWS`),
+    and single tokens are best read one by one. An accelerator would be waited for: see `unread_experts`.
 
     A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
     it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
     each expert.
     """
-    device, slots = hidden_states.device.type, indices.numel()
+    device, slots, compiles = hidden_states.device.type, indices.numel(), torch.compiler.is_compiling()
     few = not torch.is_grad_enabled() and len(indices) <= FEW_TOKENS and device == "cpu"
-    if torch.compiler.is_compiling() and few and not experts._is_expert_parallel:
+    if compiles and few and not experts._is_expert_parallel:
         return _experts_in_one_loop(experts, hidden_states, indices, weights)
+    # A grouped product's rows have to fill whole 16 bytes.
+    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
-    if experts._is_expert_parallel or torch.compiler.is_compiling() or not slots or device != "cpu":
+    if device == "cpu" and whole and (experts._is_expert_parallel or compiles or not slots):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    if not host_can_read(hidden_states) or experts._is_expert_parallel or not slots:
+        return mix_unread(experts, hidden_states, indices, weights, _dtype_of_products(hidden_states))
     if isinstance(experts.act_fn, SILU):
         parameters = experts.gate_up_proj, experts.down_proj
         kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters, any_text=True)
@@ -303,8 +309,6 @@ def sorted_mm_experts_forward(
             return output
     if not torch.is_grad_enabled() and 2 * slots <= experts.num_experts:
         return _experts_one_by_one(experts, hidden_states, indices, weights)
-    # Its rows have to fill whole 16 bytes.
-    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
     differentiable_twice = torch.is_grad_enabled() and not experts.training
@@ -492,7 +496,7 @@ def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tens
     Padding, where `token_mask` [T] or [B, T] is not True, is left out.
     """
     chosen = indices.flatten(-2)
-    if token_mask is None and chosen.dim() == 1 and chosen.is_cpu and not torch.compiler.is_compiling():
+    if token_mask is None and chosen.dim() == 1 and host_can_read(chosen):
         return chosen.bincount(minlength=num_experts)
     if token_mask is None:
         tokens = torch.ones_like(chosen)

@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.masking_utils import create_masks_for_generate
 
 from .batch_rows import Row
-from .cache import adopt_cache
+from .cache import adopt_cache, offloaded_where_it_can_be
 from .configuration_fathom import FathomConfig
 from .continuous_batching import SharedBatch
 from .draft_rules import check_draft_decoding, check_drafts_of_others
@@ -72,7 +72,8 @@ class FathomGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """As in transformers. The cache becomes ours before anything is asked of it."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        config = offloaded_where_it_can_be(generation_config)
+        super()._prepare_cache_for_generation(config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("cache")
         if cache is not None:
             adopt_cache(cache, self.config)

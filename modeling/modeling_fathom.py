@@ -143,16 +143,8 @@ class FathomPreTrainedModel(OfficialCheckpoints):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """By default products of sorted tokens on a CPU, and on an accelerator transformers' grouped product.
-
-        Where rows do not fill whole 16 bytes, which a grouped product needs, the loop over experts.
-        """
-        if requested_experts is None:
-            if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
-                requested_experts = "eager"
-            elif not torch.accelerator.is_available():
-                requested_experts = "sorted_mm"
-        return super().get_correct_experts_implementation(requested_experts)
+        """By default products of sorted tokens, on every device and for every width (`sorted_mm_experts_forward`)."""
+        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -297,6 +289,7 @@ class FathomModel(FathomPreTrainedModel):
         shares_rope = config.position_embedding_type == "rope" and not config.compresses
         self.rotary_emb = FathomRotaryEmbedding(config) if shares_rope else None
         self.routes_by_id = config.uses("hash")
+        self.chooses_keys = config.uses("dsa")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -410,24 +403,32 @@ class FathomModel(FathomPreTrainedModel):
         # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].bool()
+        given_positions = position_ids
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
             if attention_mask is not None and token_mask is not None:
                 # Positions count from the first real token, so that a padded row is what it is alone; unless the mask
-                # is that of the new tokens alone. (A static cache's length is a tensor, which no branch may depend on.)
-                whole = torch.as_tensor(attention_mask.shape[1] - length == past, device=inputs_embeds.device)
+                # is that of the new tokens alone.
+                whole = attention_mask.shape[1] - length == past
                 counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-                position_ids = torch.where(whole, counted, position_ids)
+                if isinstance(whole, torch.Tensor):
+                    # A static cache's length is a tensor, which no branch may depend on.
+                    position_ids = torch.where(whole, counted, position_ids)
+                elif whole:
+                    position_ids = counted
         shared = {"position_ids": position_ids, "token_mask": token_mask}
         if self.config.compresses:
             if attention_mask is not None and token_mask is None:
                 raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
             last = cache.layers[0].last_places if cache is not None else None
             places = token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)
-            return {**shared, "places": places, "rotations": {}}
-        visible = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+            return {**shared, "places": places, "rotations": {}, "padded": token_mask is not None}
+        visible = causal_mask(self.config, inputs_embeds, attention_mask, cache, given_positions)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
+        if self.chooses_keys:
+            # A mask that was made beforehand need not be causal.
+            shared["mask_is_causal"] = attention_mask is None or token_mask is not None
         return {**shared, "position_embeddings": position_embeddings, "attention_mask": visible}
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ DeepSeek's checkpoints pair neighbours (x0, x1), (x2, x3), ... ("interleaved"); 
 Shapes: B batch, T tokens, H heads, D rotary width.
 """
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -123,3 +124,21 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     even = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids[..., None].float() * 10000.0 ** (-even / hidden_size)  # [B, T, ceil(d/2)]
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :hidden_size]
+
+
+def window_rotary_config(config, compressed: bool):
+    """The configuration of one of V4's two rotary embeddings, in the form that transformers' rotary code reads.
+
+    Layers with a compressed past have a larger base, and YaRN; DeepSeek's code does not scale cosines and sines by
+    YaRN's attention factor, which transformers would derive if it were not said. Windows are short, and have neither.
+    """
+    view = copy.copy(config)
+    view.head_dim = config.qk_rope_head_dim
+    rope = config.rope_parameters
+    if compressed:
+        view.rope_parameters = {**rope, "rope_theta": config.compress_rope_theta}
+        if rope["rope_type"] == "yarn":
+            view.rope_parameters["attention_factor"] = 1.0
+    else:
+        view.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return view

@@ -32,6 +32,7 @@ from .checkpoint_files import (
     checkpoint_folders,
     newest_checkpoint,
     read_header,
+    read_json,
     weight_files,
 )
 from .errors import UserError

@@ -67,6 +67,7 @@ class Running:
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_rows_that_come_and_go_read_what_they_read_alone(generation: str) -> None:
     running = Running(model(generation))
     running.admit(0)
@@ -85,6 +86,7 @@ def test_rows_that_come_and_go_read_what_they_read_alone(generation: str) -> Non
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_nothing_stays_of_rows_that_left(generation: str) -> None:
     running = Running(model(generation))
     running.admit(2)
@@ -108,6 +110,7 @@ def test_nothing_stays_of_rows_that_left(generation: str) -> None:
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_memory_that_nothing_was_written_to_is_not_read(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.Tensor.new_empty
 
@@ -123,6 +126,7 @@ def test_memory_that_nothing_was_written_to_is_not_read(generation: str, monkeyp
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_tokens_can_be_taken_back_after_rows_came(generation: str) -> None:
     running = Running(model(generation))
     running.admit(1)
