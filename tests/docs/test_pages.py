@@ -22,6 +22,11 @@ PAGES = (*TWINS, *(page.replace(".md", ".zh-CN.md") for page in TWINS), "CONTRIB
 README_LINES = 200
 
 
+EXPLICIT_ANCHORS = {
+    anchor for page in PAGES for anchor in re.findall(r'<a id="([^"]+)"></a>', (ROOT / page).read_text("utf-8"))
+}
+
+
 class Block(NamedTuple):
     """A heading, paragraph, list, table or code block of a page."""
 
@@ -38,6 +43,12 @@ def read(page: str) -> str:
 
 def link_targets(text: str) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def target_of_twin(target: str) -> str:
+    """A link's target without its language: the titles of sections are translated, and with them links to them."""
+    file, hash_sign, anchor = target.replace(".zh-CN", "").partition("#")
+    return file + hash_sign + (anchor if anchor in EXPLICIT_ANCHORS else "")
 
 
 def blocks(text: str) -> list[Block]:
@@ -66,12 +77,10 @@ def block(part: str) -> Block:
         kind, size = "picture", ()
     else:
         kind, size = "paragraph", ()
-    # Titles of sections are translated, and with them the links to them on the same page.
-    targets = (re.sub(r"^#.*", "#", target).replace(".zh-CN", "") for target in link_targets(part))
     prose = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1" if kind != "picture" else "", part)
     spans = re.findall(r"`([^`]+)`", prose)
     numbers = re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"`[^`]+`", "", prose))
-    return Block(kind, size, Counter(targets), Counter(spans), Counter(numbers))
+    return Block(kind, size, Counter(map(target_of_twin, link_targets(part))), Counter(spans), Counter(numbers))
 
 
 @pytest.mark.parametrize("page", TWINS)
