@@ -13,6 +13,8 @@ Every layer, and the cache as a whole, has `nbytes`, `allocated_nbytes`, `crop`,
 and `drop_oldest` too.
 """
 
+import copy
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
@@ -86,6 +88,12 @@ class FathomDynamicCache(FathomCache, DynamicCache):
         for layer, others in zip(self.layers, other.layers, strict=True):
             layer.batch_append(others)
 
+    def copied(self) -> "FathomDynamicCache":
+        """A cache with the same tensors, of which the two may then keep different rows (`batch_select_indices`)."""
+        other = copy.copy(self)
+        other.layers = [layer.copied() for layer in self.layers]
+        return other
+
     def drop_oldest(self, columns: int) -> None:
         """Forgets columns at the beginning that are padding in every row, as when the longest row has been removed.
 
@@ -127,12 +135,46 @@ def adopt_cache(cache: Cache, config) -> None:
         raise ValueError("the cache was filled by another kind of model; start with a new cache")
     if not known or (static and filled):
         return
+    if filled:
+        check_widths(cache, config)
     for index in range(config.num_hidden_layers):
         layer = cache_layer(config, index, cache.get_max_length() if static else None)
         if index < len(cache.layers) and cache.layers[index].is_initialized:
             layer.update(cache.layers[index].keys, cache.layers[index].values)
         cache.layers[index : index + 1] = [layer]
     cache.__class__ = FathomStaticCache if static else FathomDynamicCache
+
+
+def empty_cache(config) -> FathomDynamicCache:
+    """A growing cache without tokens."""
+    cache = DynamicCache(config=config)
+    adopt_cache(cache, config)
+    return cache  # type: ignore[return-value]
+
+
+def check_widths(cache: Cache, config) -> None:
+    """Raises ValueError unless the filled layers of a foreign cache hold what this model's layers cache per token.
+
+    PEFT's prefix tuning, for one, makes keys and values of all heads, which latent attention does not cache.
+    """
+    for index, layer in enumerate(cache.layers[: config.num_hidden_layers]):
+        if not layer.is_initialized:
+            continue
+        kind = config.token_mixer(index)
+        if kind == "mha":
+            expected = [(config.num_key_value_heads, config.head_dim)] * 2
+        else:
+            expected = [
+                (1, config.kv_lora_rank + config.qk_rope_head_dim),
+                (1, config.index_head_dim if kind == "dsa" else 0),
+            ]
+        found = [(rows.shape[1], rows.shape[-1]) for rows in (layer.keys, layer.values)]
+        if found != expected:
+            raise ValueError(
+                f"the cache holds keys and values of {found} heads and widths where layer {index} ({kind}) caches "
+                f"{expected}: it was filled by another kind of model; start with a new cache (PEFT's prefix tuning "
+                f"fits multi-head attention alone, its prompt tuning all mixers)"
+            )
 
 
 def cache_layer(config, layer_idx: int, max_cache_len: int | None = None) -> FathomCacheLayer:

@@ -76,8 +76,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernels = kernels_for(self.training, x.shape[:2].numel(), x, self.weight)
-        if kernels is not None:
-            return kernels.project_groups(x, self.weight)
+        output = kernels and kernels.project_groups(x, self.weight)
+        if output is not None:
+            return output
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
 
 
@@ -249,8 +250,8 @@ class SlidingWindowAttention(FathomAttention):
         both = torch.cat((keys, entries), dim=1)
         if self.config._attn_implementation == "sdpa":
             kernels = kernels_for(self.training, places.numel(), query.transpose(1, 2), both, self.sinks)
-            if kernels is not None:
-                output = kernels.attend_shared(query.transpose(1, 2), both, visible, self.sinks, self.scaling)
+            output = kernels and kernels.attend_shared(query.transpose(1, 2), both, visible, self.sinks, self.scaling)
+            if output is not None:
                 return output.transpose(1, 2), None
         if self.reads_one_query(query):
             # By the definition, in two small products: no second copy of the keys is needed to put the sink in. The
@@ -485,7 +486,10 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return None
         visible = self.visible_entries(places, entries["places"])
         query = indexer.queries(q_latent, rotation).transpose(1, 2)
-        chosen, sees = kernels.choose_keys(query, keys, hidden_states, weight, visible, self.index_topk)
+        choice = kernels.choose_keys(query, keys, hidden_states, weight, visible, self.index_topk)
+        if choice is None:
+            return None
+        chosen, sees = choice
         return take_rows(entries["compressor"], chosen.squeeze(1)), sees
 
     def has_report(self) -> bool:

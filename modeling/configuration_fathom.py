@@ -197,8 +197,24 @@ class FathomConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
-        return super().from_dict(read_official(config_dict), **kwargs)
+        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`.
+
+        A stored `use_cache: false` is left out: training put it there, see `save_pretrained`.
+        """
+        content = read_official(config_dict)
+        return super().from_dict({name: value for name, value in content.items() if name != "use_cache"}, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. `use_cache` is written as true.
+
+        transformers' Trainer turns it off in the config of the model that it trains, and leaves it so: whoever loads
+        the model later would get no cache.
+        """
+        use_cache, self.use_cache = self.use_cache, True
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.use_cache = use_cache
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:

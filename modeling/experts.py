@@ -88,8 +88,9 @@ class ExpertRouter(KeepsFloat32Buffers):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [N, d] and their ids [N] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
         kernels = kernels_for(self.training, len(hidden_states), hidden_states, self.weight)
-        if kernels is not None:
-            return kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
+        routed = kernels and kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
+        if routed is not None:
+            return routed
         # In bf16 near ties would be routed by rounding.
         logits = in_parts(partial(float32_linear, weight=self.weight), hidden_states)  # [N, E]
         scores = self.affinities(logits)
@@ -268,8 +269,9 @@ def sorted_mm_experts_forward(
     if isinstance(experts.act_fn, SILU):
         parameters = experts.gate_up_proj, experts.down_proj
         kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters, any_text=True)
-        if kernels is not None:
-            return kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
+        output = kernels and kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
+        if output is not None:
+            return output
     if not torch.is_grad_enabled() and 2 * slots <= experts.num_experts:
         return _experts_one_by_one(experts, hidden_states, indices, weights)
     # Its rows have to fill whole 16 bytes.

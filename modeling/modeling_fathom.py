@@ -26,31 +26,29 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.generation.utils import GenerateNonBeamOutput
-from transformers.masking_utils import create_masks_for_generate
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
-from .cache import adopt_cache
+from .cache import adopt_cache, empty_cache
 from .compressed_attention import GroupedLinear, SlidingWindowAttention
 from .compressed_cache import token_places
 from .compressor import Compressor
 from .configuration_fathom import FathomConfig
-from .continuous_batching import Row, SharedBatch
 from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerStatistics
-from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .fused import project
+from .generation import FathomGenerationMixin
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
+from .idle_parameters import take_part
 from .indexing import TrainableIndexer
 from .int8 import is_quantized, quantize
 from .last_token import of_last, reads_last_alone
@@ -250,6 +248,11 @@ class FathomPreTrainedModel(OfficialCheckpoints):
             if isinstance(module, ExpertRouter) and not name.endswith(".original_module")
         ]
 
+    def add_expert_load(self, expert_counts: torch.Tensor, first: int = 0) -> None:
+        """Adds a training forward's counts [routers, E] to the routers from the `first` on, in the layers' order."""
+        for router, counts in zip(self.routers()[first:], expert_counts, strict=False):
+            router.add_load(counts)
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters, from shapes alone (works on the meta device).
 
@@ -298,6 +301,7 @@ class FathomModel(FathomPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -317,7 +321,7 @@ class FathomModel(FathomPreTrainedModel):
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
-            cache: cache of the tokens before these.
+            cache: cache of the tokens before these. Its old name `past_key_values` is deprecated, as in transformers.
             use_cache: return a cache; never in training.
             only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
                 alone (`last_token`), and the output has T = 1.
@@ -333,8 +337,7 @@ class FathomModel(FathomPreTrainedModel):
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, cache)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and cache is None and not self.training:
-            cache = DynamicCache(config=self.config)
-            adopt_cache(cache, self.config)
+            cache = empty_cache(self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         del inputs_embeds  # of a long text, nothing else holds them
@@ -351,6 +354,11 @@ class FathomModel(FathomPreTrainedModel):
             statistics.append(LayerStatistics(*found))
 
         expert_counts, balance_loss = self.collect_routing(statistics)
+        if self.training and expert_counts is not None and torch.is_grad_enabled():
+            # Here, not in the language model: TRL's trainers call this model and compute their loss from its output.
+            self.add_expert_load(expert_counts)
+        if self.training:
+            hidden_states = take_part(hidden_states, self.parameters_of_other_losses())
         last_hidden_state = self.norm(self.hc_head(hidden_states))
         return FathomModelOutput(
             last_hidden_state=last_hidden_state,
@@ -360,6 +368,14 @@ class FathomModel(FathomPreTrainedModel):
             indexer_reports=stack_reports(statistics),
             final_states=hidden_states if self.config.hc_mult > 1 else last_hidden_state,
         )
+
+    def parameters_of_other_losses(self) -> Iterator[nn.Parameter]:
+        """Those that the next token's loss does not reach: of MTP layers and of indexers."""
+        for layer in self.mtp_layers:
+            yield from layer.parameters()
+        for module in self.modules():
+            if isinstance(module, TrainableIndexer):
+                yield from module.parameters()
 
     def check_inputs(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
         """Raises unless there is exactly one of the two, or what hash routing needs."""
@@ -431,7 +447,7 @@ def stack_reports(outputs: list[LayerStatistics] | list[DraftOutput]) -> torch.T
     return torch.stack(reports) if reports else None
 
 
-class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
+class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
     """The language model: `FathomModel`, a head, and in training the MTP and balance losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -443,79 +459,10 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learns_to_select = bool(config.indexer_loss_coef) and (config.uses("dsa") or config.uses("csa"))
-        self.shared_batch: SharedBatch | None = None
         self.post_init()
 
-    def share_batch(self, **limits: int) -> SharedBatch:
-        """Lets calls of `generate()` from several threads share forwards from now on, until `close()` of the result.
-
-        Args:
-            limits: of `SharedBatch`.
-        """
-        if self.shared_batch is not None:
-            self.shared_batch.close()
-        self.shared_batch = SharedBatch(self, **limits)
-        return self.shared_batch
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """As in transformers. The cache becomes ours before anything is asked of it."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("cache")
-        if cache is not None:
-            adopt_cache(cache, self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ) -> GenerateNonBeamOutput | torch.LongTensor:
-        """As in transformers; of a text that can share a batch, as one row of it (`continuous_batching`)."""
-        batch = self.shared_batch
-        how = (logits_processor, stopping_criteria, generation_config)
-        if batch is None or not batch.carries(input_ids, generation_config, synced_gpus, kwargs):
-            return super()._sample(input_ids, *how, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
-        return batch.generate(Row(input_ids, kwargs["position_ids"], kwargs["cache"], *how), streamer)
-
-    def _assisted_decoding(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
-    ) -> DraftDecodingOutput | torch.Tensor:
-        """Drafts by the model's own MTP layers with `use_mtp` (`drafting`), else as in transformers."""
-        if not generation_config.use_mtp:
-            everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus)
-            return super()._assisted_decoding(*everything, **kwargs)
-        check_draft_decoding(self.config, generation_config, kwargs.get("cache"), synced_gpus)
-        prompt = ("cache", "position_ids", "attention_mask", "inputs_embeds")
-        decoder = DraftDecoder(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            **{name: kwargs[name] for name in prompt if kwargs.get(name) is not None},
-        )
-        output = decoder.run(kwargs.get("streamer"))
-        return output if generation_config.return_dict_in_generate else output.sequences
-
-    def _get_static_cache_init_shape(self) -> None:
-        """No shapes for transformers to fill a static cache with: layers start with their first tokens."""
-        return
-
-    def create_masks_for_generate(
-        self, config: FathomConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-    ) -> torch.Tensor | None:
-        """The mask that a step with a static cache gets: causal, or for places which of the new tokens are real."""
-        if config.compresses:
-            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
-
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -566,9 +513,9 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             )
             if self.training and terms.draft_counts is not None:
                 drafts = terms.draft_counts
+                if torch.is_grad_enabled():
+                    self.add_expert_load(drafts, first=0 if expert_counts is None else len(expert_counts))
                 expert_counts = drafts if expert_counts is None else torch.cat((expert_counts, drafts))
-        if self.training and expert_counts is not None and torch.is_grad_enabled():
-            self.add_expert_load(expert_counts)
 
         return FathomCausalLMOutput(
             loss=terms.weighed(self.config, labels, kwargs.get("num_items_in_batch"))
@@ -648,11 +595,6 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
             )
             states = output.states
             yield output, targets_ahead(labels, position_ids, depth)
-
-    def add_expert_load(self, expert_counts: torch.Tensor) -> None:
-        """Adds a training forward's counts [routers, E] to the routers, in the order of the layers."""
-        for router, counts in zip(self.routers(), expert_counts, strict=False):
-            router.add_load(counts)
 
 
 def _classifier_config(config: FathomConfig) -> FathomConfig:

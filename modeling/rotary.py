@@ -53,8 +53,9 @@ class FathomRotaryEmbedding(KeepsFloat32Buffers):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles of `position_ids` [B, T] -> cos, sin, each [B, T, D/2], in the dtype of `x`."""
         kernels = kernels_for(self.training, position_ids.numel(), x)
-        if kernels is not None and position_ids.dtype is torch.int64 and self.inv_freq.is_cpu and position_ids.is_cpu:
-            return kernels.angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
+        found = kernels and kernels.angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
+        if found is not None:
+            return found
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device)  # [B, T, D/2]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -96,7 +97,8 @@ def rotate_end(
     if kernels is not None:
         norm = {} if norm_eps is None else {"norm_width": x.shape[-1], "eps": norm_eps}
         turned = kernels.norm_rotate(x.transpose(1, 2), cos, sin, first=first, backwards=backwards, **norm)
-        return turned.transpose(1, 2)
+        if turned is not None:
+            return turned.transpose(1, 2)
     if norm_eps is not None:
         x = F.rms_norm(x.float(), x.shape[-1:], eps=norm_eps).to(x.dtype)
     still, turned = x.split([first, width], dim=-1)

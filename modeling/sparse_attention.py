@@ -30,7 +30,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
-from .fused import is_plain, kernels_for, readable
+from .fused import is_plain, kernels_for
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -139,18 +139,18 @@ class LightningIndexer(TrainableIndexer):
         hidden_states = hidden_states.contiguous()
         weight = self.weights_proj.weight
         kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, weight, most=most)
-        batch, queries, _ = hidden_states.shape
-        reads = readable(visible, batch, queries, keys.shape[1]) and keys.stride()[1:] == (self.head_dim, 1)
-        if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
+        if kernels is None or not is_plain(self.weights_proj, Float32Linear):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
-        return Chosen(*kernels.choose_keys(query, keys, hidden_states, weight, visible, top_k))
+        choice = kernels.choose_keys(query, keys, hidden_states, weight, visible, top_k)
+        return choice and Chosen(*choice)
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
         kernels = kernels_for(self.training, x.shape[0] * x.shape[2], x.transpose(1, 2), *position_embeddings)
-        if kernels is not None:
-            return kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False).transpose(1, 2)
+        turned = kernels and kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False)
+        if turned is not None:
+            return turned.transpose(1, 2)
         rotary, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((apply_rotary(rotary, *position_embeddings, interleaved=False), rest), dim=-1)
 

@@ -101,6 +101,7 @@ def prepare(options: AblateOptions, argv: Sequence[str]):
     from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
     from ..training.packing import pack_documents
+    from ..training.secrecy import public_words
 
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -126,7 +127,7 @@ def prepare(options: AblateOptions, argv: Sequence[str]):
         steps=options.steps,
         corpus=f"{' '.join(report['sources'])}, {report['train_bytes']} + {report['heldout_bytes']} bytes",
         origin={
-            "command": shlex.join(["fathom", "ablate", *argv]),
+            "command": shlex.join(public_words(["fathom", "ablate", *argv])),
             "commit": commit(),
             "python": platform.python_version(),
         },

@@ -21,6 +21,10 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def print_help(self, file=None) -> None:
+        # argparse itself would not say that nobody could read it.
+        print(self.format_help(), end="", file=file)
+
 
 def parse(
     verb: str, description: str, dataclass_types: Sequence[type], argv: Sequence[str], positionals: Sequence[str] = ()

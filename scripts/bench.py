@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     from ..training.checkpoints import local_folder, staged_directory
     from ..training.errors import UserError
     from ..training.options import pairs, typed
+    from ..training.secrecy import public
     from .results.files import files
 
     if options.threads is not None:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     except Disagreement as error:
         print(f"fathom bench: {error}; nothing is timed where results differ", file=sys.stderr)
         return 1
-    written = files(report)
+    written = files(public(report))
     with staged_directory(Path(options.out).expanduser()) as folder:
         for name, content in written.items():
             (folder / name).write_text(content, encoding="utf-8")

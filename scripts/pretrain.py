@@ -46,34 +46,43 @@ class PretrainOptions:
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens per row"})
     sample_prompt: str = field(default="def ", metadata={"help": "text to continue after each evaluation"})
+    allowed_special: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "control tokens that are meant where texts hold them ('<｜fim▁hole｜>' ...); others are text"
+        },
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     options, run_options = parse("pretrain", str(__doc__), (PretrainOptions, RunOptions), argv)
+    from ..training.run import run_folder, start
+
+    start(run_options)
+    with run_folder(Path(options.out), run_options) as checkpoint:
+        return train(argv, options, run_options, checkpoint)
+
+
+def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions, checkpoint: Path | None) -> int:
+    """Everything between the options and the trained model; returns the exit code."""
+    from ..demo.generation import raw_prompt
     from ..modeling.modeling_fathom import FathomForCausalLM
-    from ..tokenizer.bpe import token_byte_lengths
+    from ..tokenizer.bpe import token_byte_lengths, token_texts
     from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
     from ..training.packing import collate_rows, pack_documents
     from ..training.resuming import refuse_another_config
-    from ..training.run import (
-        check_out,
-        continuation,
-        device_of_run,
-        run_training,
-        start,
-        training_arguments,
-    )
+    from ..training.run import continuation, run_training
     from ..training.stages import STAGES, enter_stage
+    from ..training.trainer_arguments import device_of_run, training_arguments
 
-    start(run_options)
     out = Path(options.out)
-    checkpoint = check_out(out, run_options)
     if options.stage not in STAGES:
         raise UserError(
             f"--stage {options.stage} is unknown{did_you_mean(options.stage, STAGES)}; use {', '.join(STAGES)}"
         )
     tokenizer = load_tokenizer(options.init or options.tokenizer)
+    prompt = raw_prompt(tokenizer, options.sample_prompt, options.allowed_special)
     model = None if options.init is None else begin_with(options, tokenizer)
     config = build_config(options, tokenizer) if model is None else model.config
     refuse_another_config(config, checkpoint)
@@ -81,13 +90,17 @@ def main(argv: Sequence[str]) -> int:
     arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
 
     with arguments.main_process_first(desc="packing"):
-        rows = {split: pack_documents(corpus[split], tokenizer, options.sequence_length) for split in corpus}
+        rows = {
+            split: pack_documents(
+                corpus[split], tokenizer, options.sequence_length, allowed_special=options.allowed_special
+            )
+            for split in corpus
+        }
     model = FathomForCausalLM(config) if model is None else model
     enter_stage(model, options.stage)
     if options.init is not None:
         # What the model could do, and its indexers could find, before this stage.
         arguments.eval_on_start = True
-    prompt = [tokenizer.bos_token_id, *tokenizer(options.sample_prompt, add_special_tokens=False)["input_ids"]]
     report = json.loads((Path(options.corpus) / "corpus.json").read_text(encoding="utf-8"))
     code = run_training(
         verb="pretrain",
@@ -104,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
         arguments=arguments,
         checkpoint=checkpoint,
         yardsticks={name: report[f"{name}_bits_per_byte"] for name in ("gzip", "xz")},
+        token_texts=token_texts(tokenizer),
         say=lambda model: continuation(model, tokenizer, prompt, new_tokens=32),
         facts={"generation": config.generation, "size": options.size, "corpus": report},
     )

@@ -5,6 +5,7 @@ again, and an interrupted one goes on from its last checkpoint: a second run ope
 `OUT/quickstart.json` keeps the commands, so that results of other options are not taken for these.
 """
 
+import hashlib
 import json
 import shlex
 import sys
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from ..training.checkpoints import latest_checkpoint, staged_directory
+from ..training.checkpoints import checkpoint_folders, staged_directory
 from ..training.errors import UserError
+from ..training.resumable import latest_checkpoint
+from ..training.secrecy import public_command
 from .arguments import parse
 from .cli import run
 
@@ -37,21 +40,26 @@ class QuickstartOptions:
 def main(argv: Sequence[str]) -> int:
     (options,) = parse("quickstart", str(__doc__), [QuickstartOptions], argv)
     record = options.out / "quickstart.json"
-    done: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    done = commands_done(record)
     for verb, result, arguments in steps(options):
         command = shlex.join(["fathom", verb, *arguments])
         if result.exists():
-            if done.get(verb, command) != command:
-                raise UserError(f"{result.parent} was made by `{done[verb]}`, not by `{command}`; choose another --out")
+            made_by = done.get(verb)
+            if made_by is not None and made_by["sha256"] != digest(command):
+                raise UserError(
+                    f"{result.parent} was made by `{made_by['command']}`, not by `{command}`; choose another --out"
+                )
             print(f"\n== {verb}: {result.parent} is there")
             continue
-        if latest_checkpoint(result.parent) is not None:
-            arguments = [*arguments, "--resume"]
+        if checkpoint_folders(result.parent):
+            # Where none of them is whole, there is nothing to go on from.
+            arguments = [*arguments, "--resume" if latest_checkpoint(result.parent) else "--overwrite"]
         print(f"\n== {shlex.join(['fathom', verb, *arguments])}", flush=True)
         code = import_module(f".{verb}", __package__).main(arguments)
         if code:
             return code
-        done[verb] = command
+        # What is written tells no path and no secret; the digest tells commands apart all the same.
+        done[verb] = {"command": public_command(command), "sha256": digest(command)}
         with staged_directory(options.out) as staging:
             (staging / record.name).write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
     final = options.out / "sft"
@@ -62,6 +70,30 @@ def main(argv: Sequence[str]) -> int:
     return import_module(".chat", __package__).main(
         [str(final), "--models_dir", str(options.out), "--port", str(options.port)]
     )
+
+
+def commands_done(record: Path) -> dict[str, dict[str, str]]:
+    """The `command` and its `sha256` that made each result, by verb; earlier versions wrote the command alone.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not record.is_file():
+        return {}
+    try:
+        entries = json.loads(record.read_text(encoding="utf-8")).items()
+        return {
+            verb: {"command": entry, "sha256": digest(entry)}
+            if isinstance(entry, str)
+            else {name: str(entry[name]) for name in ("command", "sha256")}
+            for verb, entry in entries
+        }
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({error}); remove it, or choose another --out") from error
+
+
+def digest(command: str) -> str:
+    return hashlib.sha256(command.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def steps(options: QuickstartOptions) -> list[tuple[str, Path, list[str]]]:

@@ -1,17 +1,14 @@
 """Checkpoints in and out: saved whole or not at all, checked before they are loaded.
 
-Out. A save that fails (full disk, Ctrl-C, a crash) never costs the checkpoint before it. Two doors, for the two
-kinds of folder that a run writes, share one promise: the old content stays until the new one is complete on disk.
+Out. A save that fails (full disk, Ctrl-C, a crash) never costs what was there before it: the old content stays until
+the new one is complete on disk.
 
     staged_directory(target)    the model in a run folder, beside logs and `checkpoint-N` folders that must stay:
                                 files are written to a hidden sibling folder, flushed, and then renamed into place
                                 one by one, weights first and config.json last. A full disk thus shows itself while
                                 the target is still untouched: renaming needs no room for data.
-    whole_or_nothing(folder)    the `checkpoint-N` folder of transformers' Trainer, which writes to its final path:
-                                an older folder of that name is put aside and comes back if the block fails.
 
-A killed process can leave a `checkpoint-N` that lacks some of its files, half written or half removed;
-`latest_checkpoint` steps over it.
+The `checkpoint-N` folders of a run, from which training goes on, are the matter of `resumable`.
 
 In. `check_checkpoint` reads only the headers, so that a truncated download, a missing shard or another
 architecture is one clear line instead of a traceback. A safetensors file is
@@ -22,7 +19,6 @@ hence its size must be 8 + n + the largest end offset (https://huggingface.co/do
 """
 
 import errno
-import glob
 import json
 import os
 import re
@@ -46,6 +42,8 @@ from huggingface_hub.errors import (
 )
 
 from .errors import UserError, did_you_mean
+from .manifest import flush, follow_umask
+from .secrecy import public
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +55,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state.json"
 RUN_FILE = "run.json"
-# What training cannot go on without, beside weights and TRAINER_STATE: as the Trainer writes it, and under FSDP2
-# accelerate, in one file or sharded. Of shards, torch writes `.metadata` last.
-SCHEDULER = "scheduler.pt"
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata")
-SHARDED_WEIGHTS = "pytorch_model_fsdp_0/.metadata"
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -69,11 +62,17 @@ _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 # What a folder from the Hub is loaded from; its modeling code is not, the installed one is used.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
+NO_SPACE = "disk full"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Neither library hands the errno on: safetensors (Rust) prints it, torch.save reports only that its writer failed.
 _NO_SPACE_TEXT = re.compile(
     rf"\(os error ({'|'.join(map(str, _NO_SPACE))})\)|PytorchStreamWriter failed|inline_container.*unexpected pos", re.S
 )
+_OF_FILES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.EIO, errno.EBUSY, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ESTALE),
+}
+_FAILED_WRITE_TEXT = re.compile(r"\(os error \d+\)|Parent directory .* does not exist|cannot be opened", re.S)
 
 
 @contextmanager
@@ -94,12 +93,14 @@ def staged_directory(target: Path) -> Iterator[Path]:
     target = Path(target).absolute()
     # A random name: processes of several machines that share the file system may have the same id.
     staging = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    with _disk_full_is_clear(target):
+    with failures_are_clear(target):
         if target.exists() and not target.is_dir():
             raise UserError(f"cannot save to {target}: it is a file; choose another folder")
         try:
             staging.mkdir(parents=True)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
+            if _is_no_space(error):
+                raise
             raise UserError(f"cannot save to {target}: {error.strerror}; choose another folder") from error
         try:
             yield staging
@@ -108,46 +109,14 @@ def staged_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[None]:
-    """Lets the block write `folder` in place; if it fails, `folder` is again what it was before.
-
-    In a distributed run, enter it on one process, before any of them writes.
-
-    Raises:
-        UserError: the disk, the quota or the file-size limit is full.
-    """
-    folder = Path(folder).absolute()
-    aside = folder.with_name(f".{folder.name}.previous")
-    with _disk_full_is_clear(folder):
-        if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            if aside.exists():
-                os.replace(aside, folder)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def clear_leftovers(run_dir: Path) -> None:
-    """Removes what a killed process left of either: hidden folders that nothing reads."""
-    run_dir = Path(run_dir).absolute()
-    partial = run_dir.parent.glob(f".{glob.escape(run_dir.name)}.partial-*")
-    for folder in [*partial, *run_dir.glob(".checkpoint-*.previous")]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _move_into(staging: Path, target: Path) -> None:
     """Renames every file below `staging` to the same place below `target`, config.json last, flushed to disk."""
     names = sorted(file.relative_to(staging) for file in staging.rglob("*") if file.is_file())
     if not names:
         return
+    follow_umask(staging)
     for name in names:
-        _flush(staging / name)
+        flush(staging / name)
     names.sort(key=lambda name: (name.name == CONFIG, not _WEIGHT_FILE.fullmatch(name.name), name))
     target.mkdir(exist_ok=True)
     for name in names:
@@ -158,42 +127,51 @@ def _move_into(staging: Path, target: Path) -> None:
         for old in target.iterdir():
             if _WEIGHT_FILE.fullmatch(old.name) and old.name not in written:
                 old.unlink()
-    _flush(target)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target)
 
 
 @contextmanager
-def _disk_full_is_clear(target: Path) -> Iterator[None]:
+def failures_are_clear(target: Path) -> Iterator[None]:
+    """Turns what can go wrong between the block, which saves `target`, and the disk into one line.
+
+    Raises:
+        UserError: the disk, the quota or the file-size limit is full, a folder is gone or read-only, the disk fails.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not _is_no_space(error):
+        if (reason := _reason(error, target.parent)) is None:
             raise
-        free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
-        previous = target if (target / CONFIG).exists() else _newest(target.parent)
+        previous = target if (target / CONFIG).exists() else newest_folder(target.parent)
         kept = f"; the previous checkpoint {previous} is intact" if previous else ""
+        if reason is not NO_SPACE:
+            mend = "make the folder writable or choose another"
+            raise UserError(f"cannot save {target}: {reason}; {mend}{kept}") from error
+        free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
         raise UserError(
             f"disk full while saving {target} ({free / 1e6:.0f} MB free): make room or choose another folder{kept}"
         ) from error
 
 
-def _is_no_space(error: BaseException | None) -> bool:
+def _reason(error: BaseException | None, below: Path) -> str | None:
+    """Why the disk took no file below a folder, `NO_SPACE` where it is full; None if the error is another one."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        if not isinstance(error, OSError) and _NO_SPACE_TEXT.search(str(error)):
-            return True
+        text = str(error)
+        if isinstance(error, OSError):
+            if error.errno in _NO_SPACE:
+                return NO_SPACE
+            if error.errno in _OF_FILES and error.filename is None:
+                return str(error.strerror)
+            if error.errno in _OF_FILES and Path(os.fsdecode(error.filename)).absolute().is_relative_to(below):
+                return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        elif _NO_SPACE_TEXT.search(text):
+            return NO_SPACE
+        elif _FAILED_WRITE_TEXT.search(text):
+            return " ".join(text.split())
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def check_checkpoint(folder: Path, model_types: Sequence[str] = (MODEL_TYPE,)) -> dict[str, Any]:
@@ -237,35 +215,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(_missing(folder))
     if not (folder / CONFIG).is_file():
-        newest = _newest(folder)
+        newest = newest_folder(folder)
         raise UserError(f"{folder} has no {CONFIG}: {f'did you mean {newest}?' if newest else 'it holds no model'}")
     return _read_json(folder / CONFIG)
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The `checkpoint-N` with the largest N in `run_dir` from which training can go on, if there is one.
-
-    Incomplete ones, as a killed process leaves them, are stepped over with a printed note.
-    """
-    for folder in _checkpoint_folders(run_dir):
-        try:
-            if not (folder / SHARDED_WEIGHTS).is_file():
-                check_checkpoint(folder)
-            for names in ((SCHEDULER,), OPTIMIZER):
-                if not any((folder / name).is_file() for name in names):
-                    raise UserError(f"{folder} has no {names[0]}")
-            for name in (TRAINER_STATE, RUN_FILE):
-                _read_json(folder / name)
-        except UserError as error:
-            print(f"skipping an incomplete checkpoint: {error}")
-        else:
-            return folder
-    return None
-
-
 def write_run(folder: Path, record: dict[str, Any]) -> None:
-    """Writes run.json: what was run and measured."""
-    (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Writes run.json: what was run and measured, without secrets and absolute paths."""
+    (folder / RUN_FILE).write_text(json.dumps(public(record), indent=2) + "\n", encoding="utf-8")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -292,11 +249,12 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _newest(run_dir: Path) -> Path | None:
-    return next((folder for folder in _checkpoint_folders(run_dir) if (folder / CONFIG).is_file()), None)
+def newest_folder(run_dir: Path) -> Path | None:
+    """The `checkpoint-N` folder of a run with the largest N that holds a config.json, if there is one."""
+    return next((folder for folder in checkpoint_folders(run_dir) if (folder / CONFIG).is_file()), None)
 
 
-def _checkpoint_folders(run_dir: Path) -> list[Path]:
+def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The `checkpoint-N` folders of a run, largest N first, whatever they hold."""
     numbered = [
         (int(match[1]), folder)

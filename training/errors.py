@@ -15,6 +15,20 @@ class DivergedError(Exception):
     """Training cannot go on: not finite, or a spike (see `guard`). Verbs turn it into exit code 1."""
 
 
+class SignalError(KeyboardInterrupt):
+    """A signal ends the verb: SIGINT, SIGTERM or SIGHUP. Verbs turn it into one line and exit code 128 + its number.
+
+    Attributes:
+        number: of the signal.
+        note: what that means for what was under way.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.note = ""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest known names as the end of an error message.
 

@@ -6,7 +6,8 @@
     trainer_state.json    steps, where run.json does not say
     corpus.json           the corpus, where run.json does not say
 
-A figure that no file holds is left out; none is estimated. The YAML block on top is what the Hub reads
+A figure that no file holds is left out; none is estimated. Secrets and absolute paths, which run.json of earlier
+versions may hold, are left out, too. The YAML block on top is what the Hub reads
 (https://huggingface.co/docs/hub/model-cards).
 """
 
@@ -18,6 +19,8 @@ from string import Template
 from typing import Any
 
 from huggingface_hub import ModelCardData
+
+from .secrecy import public, public_command
 
 _KINDS = {"classic": "plain transformer (multi-head attention, ReLU feed-forward networks)", "moe": "DeepSeekMoE"}
 
@@ -101,7 +104,7 @@ def _stage(run: dict[str, Any]) -> str:
     lines = []
     if sources := corpus.get("sources"):
         python = f" of Python {corpus['python']}" if "stdlib" in sources and corpus.get("python") else ""
-        lines.append(f"- text: {_anonymous(', '.join(sources))}{python}")
+        lines.append(f"- text: {', '.join(public(sources))}{python}")
     if "train_bytes" in corpus and "heldout_bytes" in corpus:
         read, kept = corpus["train_bytes"], corpus["heldout_bytes"]
         lines.append(f"- size: {read:,} bytes to train on, {kept:,} held out")
@@ -121,7 +124,7 @@ def _stage(run: dict[str, Any]) -> str:
         lines.append(f"- Fathom {version}")
     if command := run.get("command"):
         words = command if isinstance(command, str) else shlex.join(command)
-        lines.append(f"\n```\n{_anonymous(words)}\n```")
+        lines.append(f"\n```\n{public_command(words)}\n```")
     title = f"## Training: {run['verb']}" if "verb" in run else "## Training"
     return f"{title}\n\n" + "\n".join(lines) if lines else ""
 
@@ -136,12 +139,6 @@ def _lineage(run: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _anonymous(text: str) -> str:
-    """Without the home folder, whose name is often a person's: the card is public."""
-    home = str(Path.home())
-    return text if home == "/" else text.replace(home, "~")
 
 
 def _read(file: Path) -> dict[str, Any]:

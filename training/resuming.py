@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from .checkpoints import read_run
 from .errors import UserError
 from .options import RunOptions, pairs
+from .secrecy import public
 
 OPTIONS = ("optimizer", "learning_rate", "schedule", "warmup_steps", "decay_share", "weight_decay", "seed")
 # Of --trainer: beginnings of the names that say what to write, when and where to train, not how.
@@ -35,7 +36,7 @@ def recipe_of(options: RunOptions, arguments: TrainingArguments) -> dict[str, An
         "steps": arguments.max_steps,
         "precision": "bf16" if arguments.bf16 else "fp32",
         "rows_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "trainer": {name: value for name, value in sorted(further.items()) if not name.startswith(HARMLESS)},
+        "trainer": public({name: value for name, value in sorted(further.items()) if not name.startswith(HARMLESS)}),
     }
 
 

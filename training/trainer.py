@@ -2,99 +2,37 @@
 
 the plain Trainer + RouterBiasCallback()   trains the same weights
 FathomTrainer                              adds the callback by itself, logs MTP loss and expert load, evaluates in
-                                           bits per byte, saves on Ctrl-C, never loses a checkpoint to a full disk,
-                                           and stops before a step that is not finite
+                                           bits per byte, saves when a signal comes, never loses a checkpoint to a full
+                                           disk or a power cut, and stops before a step that is not finite
 """
 
+import json
 import math
-import signal
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..modeling.multi_token_prediction import targets_ahead
-from .checkpoints import whole_or_nothing, write_run
+from .checkpoints import TRAINER_STATE, write_run
 from .diagnostics import StreamProbe, balance_by_layer, load_ratio, router_layers
 from .flops import training_flops_per_token
 from .guard import StepGuard
+from .interruption import EvaluationStopped, InterruptCallback
 from .packing import IGNORED
-
-
-class RouterBiasCallback(TrainerCallback):
-    """Moves the routing biases once per optimizer step, whatever the gradient accumulation.
-
-    With the plain Trainer: `Trainer(..., callbacks=[RouterBiasCallback()])`.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Begins the sums for the log anew."""
-        self.load: torch.Tensor | None = None  # [routers, E]
-        self.max_vio: torch.Tensor | float = 0.0  # mean over routers, summed over optimizer steps
-        self.steps = 0
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        load = model.update_router_bias() if hasattr(model, "update_router_bias") else None
-        if load is not None:
-            self.load = load if self.load is None else self.load + load
-            self.max_vio = self.max_vio + load_ratio(load).mean() - 1
-            self.steps += 1
-
-
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training at the next step boundary, with a checkpoint; a second one at once.
-
-    Attributes:
-        asked: whether this process had a signal. torchrun sends one to each, now and then some steps apart.
-        interrupted: whether any process had, and all know it.
-    """
-
-    def __init__(self) -> None:
-        self.asked = self.interrupted = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the two signals over for the duration of the block; Python allows that in the main thread alone."""
-        self.asked = self.interrupted = False
-        previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\ninterrupted: saving after this step (once more to stop at once)", flush=True)
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.interrupted = self.asked
-        if dist.is_available() and dist.is_initialized():
-            # A signal reaches the processes at different steps, or only one of them; they must stop at the same.
-            anyone = torch.tensor(float(self.asked), device=args.device)
-            dist.all_reduce(anyone, dist.ReduceOp.MAX)
-            self.interrupted = bool(anyone)
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
+from .resumable import partial as partial_folder
+from .resumable import rotate, whole_or_nothing
+from .router_bias import RouterBiasCallback
+from .secrecy import public
 
 
 def multistep_factor(step: int, warmup: int, steps: int) -> float:
@@ -147,7 +85,7 @@ class FathomTrainer(Trainer):
         self.multistep = multistep
         self.record = record
         self.guard = StepGuard(spike_factor)
-        self.router_bias = RouterBiasCallback()
+        self.router_bias = RouterBiasCallback(warn=False)
         self.interrupt = InterruptCallback()
         self.add_callback(self.router_bias)
         self.add_callback(self.interrupt)
@@ -155,6 +93,8 @@ class FathomTrainer(Trainer):
         self._train_sums: dict[str, Any] = defaultdict(float)
         self._eval_sums: dict[str, Any] = defaultdict(float)
         self._stream_metrics: dict[str, float] = {}
+        self._whole: set[Path] = set()  # checkpoints that are known to be
+        self._saving = False
 
     @property
     def is_language_model(self) -> bool:
@@ -171,6 +111,9 @@ class FathomTrainer(Trainer):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
+        if (best := self.state.best_model_checkpoint) and not Path(best).exists():
+            # A checkpoint names it without its path.
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / Path(best).name)
         # The Trainer looks at the number of steps after a step: resumed at its end, a run would take one too many.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
@@ -272,6 +215,16 @@ class FathomTrainer(Trainer):
         decayed = set(super().get_decay_parameter_names(model))
         return [name for name, parameter in model.named_parameters() if name in decayed and parameter.dim() > 1]
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics=metrics, trial=trial)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -284,6 +237,8 @@ class FathomTrainer(Trainer):
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.interrupt.depth and self.interrupt.agree(self.args.device):
+            raise EvaluationStopped
         # A classifier is evaluated as the Trainer does it.
         if not prediction_loss_only or "labels" not in inputs or not self.is_language_model:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -361,20 +316,63 @@ class FathomTrainer(Trainer):
         elif self.args.should_save and output_dir is not None:
             self.model.config.save_pretrained(output_dir)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The file that marks a checkpoint as complete comes next; it must not come before another rank's.
-        self.accelerator.wait_for_everyone()
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # The Trainer's pickle of its arguments: it holds tokens and paths, and nothing reads it.
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint of the step that was taken last, if there is none yet; call it on all ranks."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not folder.exists():
+            self._save_checkpoint(self.model, trial=None)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial=trial)
+        return str(partial_folder(Path(folder) / "checkpoint").parent) if self._saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Once it is whole; until then it lies elsewhere.
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_or_nothing(folder) if self.args.should_save else nullcontext():
-            if self.record is not None and self.args.should_save:
-                # First: with its last file the Trainer takes the checkpoint for complete, and removes older ones.
-                folder.mkdir(parents=True)
-                write_run(folder, self.record(self.state))
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        with whole_or_nothing(folder) if self.args.should_save else nullcontext() as written:
+            if self.record is not None and written is not None:
+                write_run(written, self.record(self.state))
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            if written is not None:
+                hide_paths(written / TRAINER_STATE)
+            # What is sealed now are the files of all ranks.
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+        self._after_saving(run_dir, folder)
+
+    def _after_saving(self, run_dir: Path, folder: Path) -> None:
+        """What the Trainer does with a checkpoint that is there: name the best one, push, remove old ones."""
+        if self.state.best_global_step and (best := run_dir / f"checkpoint-{self.state.best_global_step}").exists():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            self._whole.add(folder.absolute())
+            best_one = self.state.best_model_checkpoint
+            rotate(run_dir, self.args.save_total_limit, {folder, *([Path(best_one)] if best_one else [])}, self._whole)
+
+
+def hide_paths(file: Path) -> None:
+    """Takes secrets and absolute paths out of the Trainer's state, which has one in `best_model_checkpoint`."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if (safe := public(state)) != state:
+        file.write_text(json.dumps(safe, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 __all__ = ["FathomTrainer", "InterruptCallback", "RouterBiasCallback", "TrainingArguments"]

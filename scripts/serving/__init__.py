@@ -15,7 +15,6 @@ from typing import Any
 
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
@@ -23,6 +22,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
 
 from ...modeling.modeling_fathom import FathomForCausalLM
+from .prompts import PlainTextModelManager
 
 
 class SharingManager(GenerateManager):
@@ -110,7 +110,7 @@ def build_app(model: str | None, limits: dict[str, int]) -> Any:
         model: the only one, loaded at once; None: whatever requests name.
         limits: of a `SharedBatch`.
     """
-    manager, state = ModelManager(force_model=model), SharingState(limits)
+    manager, state = PlainTextModelManager(force_model=model), SharingState(limits)
     return build_server(
         manager,
         ChatRequests(manager, state),

@@ -84,7 +84,7 @@ def test_processes_end_their_group_before_python_does(tmp_path):
 
 
 def test_each_verb_is_a_file_and_each_file_a_verb():
-    files = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__", "cli", "arguments"}
+    files = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__", "cli", "arguments", "refusals"}
     assert files == set(cli.VERBS)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from fathom.training import corpus
-from fathom.training.corpus import HELDOUT_FRACTION, build_corpus, heldout, load_corpus, stdlib_files
+from fathom.training import sources
+from fathom.training.corpus import HELDOUT_FRACTION, build_corpus, heldout, load_corpus
 from fathom.training.errors import UserError
+from fathom.training.sources import stdlib_files
 
 
 def write_documents(folder: Path, count: int, prefix: str = "") -> dict[str, str]:
@@ -49,7 +50,8 @@ def test_reads_every_format_without_changing_text(tmp_path):
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\xff\xfe")
     (folder / "nul.txt").write_bytes(b"looks like text\0but is not")
     (folder / "empty.py").write_bytes(b"")
-    (folder / "ignored.csv").write_text("a,b\n")
+    (folder / "numbers.csv").write_text("a,b\n1,2\n")
+    (folder / "settings.json").write_text('{"indent": 2}')
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "secret.txt").write_text("secret\n")
     (folder / "again.txt").write_bytes(b"one\r\ntwo\r\n")
@@ -73,6 +75,7 @@ def test_reads_every_format_without_changing_text(tmp_path):
     assert report.duplicates == 1  # windows.txt
     assert report.skipped == 6  # null, lone surrogate, blank row, two binary files, empty file
     assert report.files == 9
+    assert [line.split()[0] for line in report.unread] == ["mixed/numbers.csv", "mixed/settings.json:1"]
 
 
 def test_compression_is_that_of_the_held_out_text(tmp_path):
@@ -215,7 +218,7 @@ def test_datasets_name(tmp_path, monkeypatch):
         calls.append((arguments, options))
         return Dataset.from_dict({"body": [f"story {at}\n" for at in range(100)]}).to_iterable_dataset()
 
-    monkeypatch.setattr(corpus, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     report = build_corpus(["owner/stories:small"], tmp_path / "out", text_column="body")
     assert calls == [(("owner/stories", "small"), {"split": "train", "streaming": True})]
     assert report.train_documents + report.heldout_documents == 100
@@ -227,7 +230,7 @@ def test_datasets_error_is_one_line(tmp_path, monkeypatch):
     def load_dataset(*arguments, **options):
         raise ConnectionError("Couldn't reach the Hub\nwith a long story")
 
-    monkeypatch.setattr(corpus, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"owner/stories is no file or folder here, .*: Couldn't reach the Hub$"):
         build_corpus(["owner/stories"], tmp_path / "out")
 

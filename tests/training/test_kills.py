@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_corpus_and_tokenizer, pretrain_words
 
 from fathom.scripts import cli
-from fathom.training.checkpoints import latest_checkpoint
+from fathom.training.resumable import latest_checkpoint
 
 RECIPES = {
     "adamw": ["--accumulation", "2"],

@@ -125,10 +125,14 @@ def test_damaged_files_count_as_absent(tmp_path: Path):
     assert "Training" not in card(tmp_path)
 
 
-def test_the_home_folder_stays_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "jane-doe"))
-    command = f"fathom pretrain --corpus {tmp_path}/jane-doe/texts"
-    corpus = CORPUS | {"sources": [f"{tmp_path}/jane-doe/texts"]}
-    text = card(tmp_path, run=PRETRAIN | {"command": command, "corpus": corpus})
-    assert "jane-doe" not in text
-    assert "--corpus ~/texts" in text
+def test_paths_and_secrets_of_earlier_versions_stay_private(tmp_path: Path):
+    """They wrote the command as it was typed; of the parent run as well."""
+    command = f"fathom pretrain --corpus {tmp_path}/jane-doe/texts --trainer hub_token=hf_sEcReTsEcReT run_name=x"
+    corpus = CORPUS | {"sources": [f"{tmp_path}/jane-doe/texts", "https://jane:pass-word@host/texts"]}
+    private = PRETRAIN | {"command": command, "corpus": corpus}
+    for run in (private, SFT | {"parent": private}):
+        text = card(tmp_path, run=run)
+        for secret in ("jane-doe", "sEcReT", "pass-word", str(tmp_path)):
+            assert secret not in text
+        assert "--corpus texts --trainer 'hub_token=<redacted>' run_name=x" in text
+        assert "- text: texts, https://<redacted>@host/texts" in text

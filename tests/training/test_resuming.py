@@ -13,7 +13,7 @@ from fathom.training.checkpoints import read_run, write_run
 from fathom.training.errors import UserError
 from fathom.training.options import RunOptions
 from fathom.training.resuming import fingerprint, recipe_of, refuse_another_config, refuse_another_recipe
-from fathom.training.run import training_arguments
+from fathom.training.trainer_arguments import training_arguments
 
 CPU = torch.device("cpu")
 OPTIONS = RunOptions(steps=10, batch_size=4, precision="fp32", trainer=["adam_epsilon=1e-9", "save_only_model=false"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_runs import model
 
-from fathom.training import run
+from fathom.training import run, trainer_arguments
 from fathom.training.errors import UserError
+from fathom.training.heldout import Yardsticks
 from fathom.training.options import RunOptions, pairs, typed
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_options_that_no_run_can_have(changes, message):
 def test_learning_rate_warms_up_holds_and_decays_to_a_tenth(steps, tmp_path):
     from transformers import get_scheduler
 
-    arguments = run.training_arguments(tmp_path, replace(OPTIONS, steps=steps), CPU, None)
+    arguments = trainer_arguments.training_arguments(tmp_path, replace(OPTIONS, steps=steps), CPU, None)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_scheduler(
         arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, steps, arguments.lr_scheduler_kwargs
@@ -94,7 +95,7 @@ def test_learning_rate_warms_up_holds_and_decays_to_a_tenth(steps, tmp_path):
 
 def test_further_arguments_have_the_types_that_the_trainer_wants():
     words = ["max_grad_norm=0.5", "load_best_model_at_end=true", "save_strategy=no", "adam_epsilon=1e-9"]
-    assert run.further_arguments(words) == {
+    assert trainer_arguments.further_arguments(words) == {
         "max_grad_norm": 0.5,
         "load_best_model_at_end": True,
         "save_strategy": "no",
@@ -116,7 +117,7 @@ def test_further_arguments_have_the_types_that_the_trainer_wants():
 )
 def test_further_arguments_that_are_refused(word, message, tmp_path):
     with pytest.raises(UserError) as error:
-        run.training_arguments(tmp_path / "out", replace(OPTIONS, trainer=word.split("\n")), CPU, None)
+        trainer_arguments.training_arguments(tmp_path / "out", replace(OPTIONS, trainer=word.split("\n")), CPU, None)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -126,21 +127,21 @@ def test_a_measurement_decides_the_precision_once(tmp_path, monkeypatch):
     """A run that is resumed on a busier machine goes on in the precision it began in."""
     (tmp_path / "run.json").write_text('{"precision": "bf16"}')
     for measured in (True, False):
-        monkeypatch.setattr(run, "bf16_pays", lambda device, measured=measured: measured)
-        assert run.trains_in_bf16("auto", CPU, checkpoint=tmp_path)
-        assert run.trains_in_bf16("auto", CPU, checkpoint=None) == measured
-        assert not run.trains_in_bf16("fp32", CPU, checkpoint=tmp_path)
-        assert run.trains_in_bf16("bf16", CPU, checkpoint=None)
+        monkeypatch.setattr(trainer_arguments, "bf16_pays", lambda device, measured=measured: measured)
+        assert trainer_arguments.trains_in_bf16("auto", CPU, checkpoint=tmp_path)
+        assert trainer_arguments.trains_in_bf16("auto", CPU, checkpoint=None) == measured
+        assert not trainer_arguments.trains_in_bf16("fp32", CPU, checkpoint=tmp_path)
+        assert trainer_arguments.trains_in_bf16("bf16", CPU, checkpoint=None)
 
 
 def test_tensorboard_writes_into_the_run_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
-    arguments = run.training_arguments(tmp_path, replace(OPTIONS, tensorboard=True), CPU, None)
+    arguments = trainer_arguments.training_arguments(tmp_path, replace(OPTIONS, tensorboard=True), CPU, None)
     assert arguments.report_to == ["tensorboard"]
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer_arguments, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--tensorboard needs .* pip install 'fathom-lm\[track\]'"):
-        run.training_arguments(tmp_path, replace(OPTIONS, tensorboard=True), CPU, None)
+        trainer_arguments.training_arguments(tmp_path, replace(OPTIONS, tensorboard=True), CPU, None)
 
 
 def test_out_that_holds_something(tmp_path):
@@ -160,8 +161,12 @@ def test_out_that_holds_something(tmp_path):
     model().save_pretrained(checkpoint)
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         run.check_out(tmp_path, replace(OPTIONS, resume=True))
-    for name in ("trainer_state.json", "run.json", "scheduler.pt", "optimizer.pt"):
-        (checkpoint / name).write_text("{}")
+    with pytest.raises(UserError, match=r"already holds checkpoint-7; add --resume"):
+        run.check_out(tmp_path, OPTIONS)
+    for name in ("scheduler.pt", "optimizer.pt"):
+        torch.save({}, checkpoint / name)
+    (checkpoint / "run.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 7}')
     assert run.check_out(tmp_path, replace(OPTIONS, resume=True)) == checkpoint
     with pytest.raises(UserError, match="already holds checkpoint-7"):
         run.check_out(tmp_path, OPTIONS)
@@ -185,7 +190,7 @@ def test_other_ranks_are_quiet(monkeypatch, capsys):
 
 
 def test_lines_fit_a_terminal_even_with_large_numbers():
-    console = run.ConsoleCallback(3e9, 1e15, {"gzip": 2.345, "xz": 2.123})
+    console = run.ConsoleCallback(3e9, 1e15, Yardsticks("held-out", {"gzip": 2.345, "xz": 2.123}))
     state = SimpleNamespace(global_step=90_000, max_steps=100_000, num_input_tokens_seen=0)
     console.restart(state)
     state.num_input_tokens_seen, state.global_step, console.seconds = 50_000_000, 90_010, 20.0

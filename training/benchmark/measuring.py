@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from ...modeling.configuration_fathom import FathomConfig
 from ...modeling.experts import RoutedExperts
 from ...modeling.presets import GENERATIONS, SIZES, UNSAID
+from ...tokenizer import encode_text
 from ..checkpoints import MODEL_TYPE, check_checkpoint, load_tokenizer
 from ..errors import UserError, did_you_mean
 from ..flops import training_flops_per_token
@@ -290,7 +291,7 @@ def source_code_ids(checkpoint: Path) -> torch.Tensor | None:
     if not (checkpoint / "tokenizer.json").is_file():
         return None
     text = "\n".join(inspect.getsource(module) for module in (argparse, inspect, tempfile, statistics))
-    return torch.tensor(load_tokenizer(str(checkpoint))(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(encode_text(load_tokenizer(str(checkpoint)), text))
 
 
 def measure_prefill(plan: Plan, case: Case, contenders: Sequence[Contender], text) -> dict[str, Any]:
