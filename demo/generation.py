@@ -123,7 +123,7 @@ def chat_prompt(
     """
     for message in messages:
         _checked(message["content"])
-    options = {"add_generation_prompt": True, "thinking": thinking}
+    options: dict[str, Any] = {"add_generation_prompt": True, "thinking": thinking}
     check_template(tokenizer, messages, **options)
     try:
         encoded = encode_chat(tokenizer, messages, allowed_special=allowed_special, **options)

@@ -8,8 +8,8 @@ one is complete on disk.
                                 one by one, weights first and config.json last. A full disk thus shows itself while
                                 the target is still untouched: renaming needs no room for data.
 
-The `checkpoint-N` folders of a run, from which training goes on, are the matter of `resumable`. What a folder of a model
-must hold is in `checkpoint_files`, and how it becomes a model in `loading`.
+The `checkpoint-N` folders of a run, from which training goes on, are the matter of `resumable`. What a folder of a
+model must hold is in `checkpoint_files`, and how it becomes a model in `loading`.
 """
 
 import errno
