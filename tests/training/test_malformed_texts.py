@@ -103,7 +103,7 @@ def test_endless_templates(template: str, whole: dict[str, Path]):
     tokenizer = load_tokenizer(str(whole["v3"]))
     messages = [{"role": "user", "content": "the"}]
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match="the chat template .* GB of memory"):
+    with pytest.raises(UserError, match=r"the chat template .* GB of memory"):
         render_chat(tokenizer, messages)
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}{{ name }}"
     assert render_chat(tokenizer, messages, name="fox", tokenize=False) == f"{tokenizer.bos_token}thefox"
