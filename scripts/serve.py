@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if options.model is not None:
         load_tokenizer(options.model)
         if Path(options.model).is_dir():
-            whole_model(Path(options.model), model_types=(MODEL_TYPE,))
+            whole_model(Path(options.model), model_types=(MODEL_TYPE,), read_values=True)
     model_manager.transformers.FathomForCausalLM = FathomForCausalLM
     if port != options.port:
         print(f"port    {options.port} is taken, using {port}")

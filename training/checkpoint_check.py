@@ -152,6 +152,7 @@ def whole_model(
     model_types: Sequence[str] = (MODEL_TYPE, *UNSAID),
     changes: dict[str, Any] | None = None,
     may_lack: str | None = None,
+    read_values: bool = False,
 ) -> FathomPreTrainedModel:
     """The model in a folder, on the meta device, if it can be loaded.
 
@@ -161,9 +162,10 @@ def whole_model(
         model_types: what its config.json may say to be.
         changes: fields of the config to change.
         may_lack: pattern of tensors that need not be stored.
+        read_values: look at every number, too.
 
     Raises:
-        UserError: the first thing that is wrong with it. Numbers are not looked at (`check_values`).
+        UserError: the first thing that is wrong with it.
     """
     contents = folder_contents(folder)
     if (model_type := contents.config.get("model_type")) not in model_types:
@@ -176,7 +178,17 @@ def whole_model(
         raise UserError(f"the weights in {folder} do not fit its {CONFIG}: {checked.problems[0]}")
     if problems := generation_problems(folder, checked.model.config):
         raise UserError(problems[0])
+    if read_values:
+        try:
+            check_values(stored_values(contents.files, checked.model), checked.model.config.n_routed_experts)
+        except ValueError as error:
+            raise UserError(damaged(folder, error)) from error
     return checked.model
+
+
+def damaged(folder: Path, error: ValueError) -> str:
+    """The message about a weight that `check_values` refuses."""
+    return f"the weights in {folder} are damaged: {error}; save or download the model again"
 
 
 def on_meta(kind: type[FathomPreTrainedModel], config: FathomConfig, source: str) -> FathomPreTrainedModel:

@@ -26,7 +26,7 @@ from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.conversion import name_in_memory, name_on_disk
 from ..modeling.modeling_fathom import FathomForCausalLM
 from ..modeling.quantized_weights import QuantizedSlice, open_tensors
-from .checkpoint_check import GENERATION_CONFIG, check_values, whole_model
+from .checkpoint_check import GENERATION_CONFIG, check_values, damaged, whole_model
 from .checkpoint_files import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_json, weight_files
 from .checkpoints import staged_directory
 from .errors import UserError, did_you_mean, reason
@@ -89,7 +89,7 @@ def export_checkpoint(source: Path, target: Path, to: str, max_shard_size: str =
             tensors[f"model.layers.{layer}.shared_head.head.weight"] = head
 
     with staged_directory(target) as staging:
-        files = _write_weights(staging, tensors, config, max_shard_size)
+        files = _write_weights(staging, tensors, config, max_shard_size, source)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
@@ -138,7 +138,9 @@ def _drop_lengths(file: Path) -> None:
             file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, tensors: dict[str, Any], config: FathomConfig, max_shard_size: str) -> list[str]:
+def _write_weights(
+    folder: Path, tensors: dict[str, Any], config: FathomConfig, max_shard_size: str, source: Path
+) -> list[str]:
     """Writes the weight files and their index, and returns the names of the files.
 
     Raises:
@@ -163,7 +165,7 @@ def _write_weights(folder: Path, tensors: dict[str, Any], config: FathomConfig, 
         try:
             check_values(shard.items(), config.n_routed_experts)
         except ValueError as error:
-            raise UserError(f"the weights are damaged: {error}; save or download the model again") from error
+            raise UserError(damaged(source, error)) from error
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -42,7 +42,7 @@ def load_model(
             holds numbers that are not finite.
     """
     from ..modeling.modeling_fathom import FathomForCausalLM
-    from .checkpoint_check import check_values, loaded_values, whole_model
+    from .checkpoint_check import check_values, damaged, loaded_values, whole_model
 
     kind = model_class or FathomForCausalLM
     folder = local_folder(path_or_id)
@@ -53,7 +53,7 @@ def load_model(
     try:
         check_values(loaded_values(model), model.config.n_routed_experts)
     except ValueError as error:
-        raise UserError(f"the weights in {folder} are damaged: {error}; save or download the model again") from error
+        raise UserError(damaged(folder, error)) from error
     # How long a text gets is said by whoever asks for it.
     stored = getattr(model, "generation_config", None)
     if stored is not None:

@@ -139,7 +139,7 @@ class Plan:
         if self.checkpoint is not None and self.override:
             raise UserError("--override is for models with random weights; a model of yours has its own config")
         if self.checkpoint is not None:
-            config = whole_model(Path(self.checkpoint)).config
+            config = whole_model(Path(self.checkpoint), read_values=True).config
             if "draft" in self.contenders and not config.num_nextn_predict_layers:
                 raise UserError(f"{self.checkpoint} has no MTP layers to draft with; leave `draft` out of --contenders")
             if self.longest > config.max_position_embeddings:
