@@ -8,8 +8,8 @@
 
 `transformers serve` looks a model's class up in transformers itself, whatever `--trust-remote-code` says
 (cli/serving/model_manager.py, `_load_model`); this verb puts Fathom's there and starts the same server, whose requests
-to a model share its forwards (`serving`, `modeling/continuous_batching`). SIGINT and SIGTERM end it within seconds:
-open streams have `GRACE` seconds to end by themselves.
+to a model share its forwards (`serving`, `modeling/continuous_batching`). SIGINT and SIGTERM end it within seconds
+(`serving/server`).
 """
 
 import os
@@ -24,8 +24,6 @@ from ..training.errors import UserError
 from .arguments import parse
 from .chat import free_port
 from .cli import run
-
-GRACE = 3  # seconds for open streams to end by themselves, and as many for threads to end
 
 
 @dataclass
@@ -55,6 +53,7 @@ class ServeOptions:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Serves until a signal comes, and then ends the process itself."""
     (options,) = parse("serve", "Serve a model as an API.", [ServeOptions], argv, positionals=("model",))
     port = free_port(options.host, options.port)
 
@@ -63,7 +62,6 @@ def main(argv: Sequence[str]) -> int:
     if not is_serve_available():
         raise UserError("serving needs packages that are not installed; run: pip install 'fathom-lm[serve]'")
 
-    import uvicorn
     from transformers.cli.serving import model_manager
 
     from ..modeling.modeling_fathom import FathomForCausalLM
@@ -71,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     from ..training.checkpoint_files import MODEL_TYPE
     from ..training.loading import load_tokenizer
     from .serving import build_service
+    from .serving.server import GRACE, Server
 
     if options.model is not None:
         load_tokenizer(options.model)
@@ -83,15 +82,13 @@ def main(argv: Sequence[str]) -> int:
     limits = {name: getattr(options, name) for name in ("max_rows", "max_cached_tokens", "max_waiting")}
     service = build_service(options.model, limits, options.max_body)
     with suppress(KeyboardInterrupt):
-        uvicorn.run(service.app, host=options.host, port=port, timeout_graceful_shutdown=GRACE)
-    # uvicorn's first signal waits for open streams, the second does not; from here on none is needed.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not service.close(GRACE):
-        # A thread is still in native code: Python's own end would abort the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
+        Server(service, options.host, port).run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is a matter of seconds from here on
+    service.close(GRACE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python's own end takes seconds more, and aborts where a thread is still in native code.
+    os._exit(0)
 
 
 if __name__ == "__main__":
