@@ -25,8 +25,8 @@ UNDOCUMENTED += (
     "transformers.utils.generic.",
     "transformers.utils.output_capturing.",
 )
-# Methods of named tuples: private by their spelling alone.
-PUBLIC = {"_replace", "_asdict", "_fields"}
+# Of Python's own: methods of named tuples, `os._exit`. Private by their spelling alone.
+PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}
 
 
 def is_private(name: str) -> bool:

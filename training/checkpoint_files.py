@@ -233,7 +233,9 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """First byte, last byte and name of a tensor, if its entry is whole."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name} has no entry")
-    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
