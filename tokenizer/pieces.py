@@ -3,8 +3,8 @@ r"""Long texts in pieces, so that encoding one takes memory for a piece and not 
     "def f(x):\n    return x\ndef g(" -> "def f(x):\n    return x\n", "def g("
 
 No token spans a newline before a character that is no white space, or the place before a blank and a word. Cut there,
-the ids of the pieces in a row are the ids of the whole text. A text without such a place (DNA, base64) is cut after `length`
-characters: its ids are then others at the cut, and decode to the same text.
+the ids of the pieces in a row are the ids of the whole text. A text without such a place (DNA, base64) is cut after
+`length` characters: its ids are then others at the cut, and decode to the same text.
 """
 
 import re

@@ -50,7 +50,7 @@ class SharingManager(GenerateManager):
             return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue = asyncio.Queue()
-        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
         streamer = DirectStreamer(tokenizer, loop, pieces, response_parser=response_parser)
 
         def put(piece: _StreamError | None) -> None:
