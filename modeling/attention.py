@@ -315,7 +315,7 @@ class MultiHeadLatentAttention(FathomAttention):
         given = query, latents, norm.weight, *position_embeddings
         kernels = kernels_for(self.training, q_latent.shape[:2].numel(), *given, any_text=True)
         if kernels is not None:
-            rotate = partial(kernels.norm_rotate, interleaved=self.rope_interleave)
+            rotate = partial(kernels.norm_rotate, interleaved=self.rope_interleave, rotary=self.qk_rope_head_dim)
             rotated = rotate(query, *position_embeddings, first=self.qk_nope_head_dim)
             normed = {"norm_width": rank, "norm": norm.weight, "eps": norm.eps}
             cached = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)

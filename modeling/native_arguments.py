@@ -67,7 +67,7 @@ def is_real(number: float) -> bool:
 
 def limit_fits(limit: float | None) -> bool:
     """Whether activations can be clamped to -limit ... limit."""
-    return limit is None or limit >= 0
+    return limit is None or 0 <= limit <= LARGEST_REAL
 
 
 def choice_fits(choice: tuple[int | float, ...], experts: int, by_table: bool) -> bool:

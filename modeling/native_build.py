@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def provide(number: str) -> tuple[SimpleNamespace, str | None]:
     try:
         kept = LibraryCache(cache_folder())
     except (OSError, RuntimeError) as error:
-        with build_folder() as folder:
+        with build_folder(temporary_place()) as folder:
             return load(str(_compile(compiler, flags, number, folder))), str(error)
     with kept:
         if (path := kept.find(name)) is not None:
@@ -66,7 +67,11 @@ def provide(number: str) -> tuple[SimpleNamespace, str | None]:
                 return load(path), None
             except OSError:  # another system's: built anew
                 kept.remove(name)
-        with build_folder() as folder:
+        try:
+            place = temporary_place()
+        except OSError:
+            place = kept.folder
+        with build_folder(place) as folder:
             made = _compile(compiler, flags, number, folder)
             try:
                 kept.store(name, made.read_bytes())
@@ -164,10 +169,23 @@ def _problem(printed: bytes) -> str:
     return (errors or lines[-1:] or ["no word about why"])[0][:300]
 
 
-@contextmanager
-def build_folder() -> Iterator[Path]:
-    """A temporary folder of this user's; those that killed programs have left are removed."""
+def temporary_place() -> Path:
+    """Where temporary folders may be made.
+
+    Raises:
+        OSError: there is no such place, or others could put a folder of theirs in the place of one of ours.
+    """
     place = Path(tempfile.gettempdir())
+    status = place.stat()
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    if others_write or (hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid())):
+        raise OSError(f"{place} is another user's, or others can rename what is in it; name a folder by TMPDIR")
+    return place
+
+
+@contextmanager
+def build_folder(place: Path) -> Iterator[Path]:
+    """A temporary folder of this user's; those that killed programs have left are removed."""
     for left in place.glob(f"{PREFIX}*"):
         try:
             status = left.lstat()

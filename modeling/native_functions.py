@@ -86,6 +86,7 @@ class Kernels:
         sin: torch.Tensor,
         *,
         first: int = 0,
+        rotary: int | None = None,
         interleaved: bool = True,
         backwards: bool = False,
         norm_width: int = 0,
@@ -96,9 +97,10 @@ class Kernels:
 
         Args:
             cos, sin: [B or 1, T, P / 2].
+            rotary: P, where it has to be that number.
             norm: [norm_width], the norm's weight, or None without one.
         """
-        if x.dim() != 4 or not angles_fit(cos, sin, x.shape[0], x.shape[1]):
+        if x.dim() != 4 or not angles_fit(cos, sin, x.shape[0], x.shape[1], rotary):
             return None
         width, heads = x.shape[-1], x.shape[-2]
         inside = 0 <= first <= width - 2 * cos.shape[2] and 0 <= norm_width <= width and is_real(eps)
@@ -178,7 +180,7 @@ class Kernels:
         batch, tokens, heads, head = query.shape
         value_width, rotary = kv_b.shape[0] // heads - nope, head - nope
         sizes = kv_b.shape == (heads * (nope + value_width), rank) and value_width > 0 and nope >= 0 and rotary >= 0
-        if not sizes or cache.dim() != 3 or not cache.shape[1]:
+        if not sizes or cache.dim() != 3 or not cache.shape[1] or not is_real(scaling):
             return None
         read = cache.shape[1] if chosen is None else chosen.shape[-1]
         if not fits_side_by_side(cache, query.dtype, batch, cache.shape[1], rank + rotary):
@@ -218,7 +220,12 @@ class Kernels:
         What is `visible`: as in `attend_latents`.
         """
         batch, tokens, heads, width = query.shape
-        if sinks.shape != (heads,) or keys.dim() != 3 or not readable(visible, batch, tokens, keys.shape[1]):
+        if (
+            not is_real(scaling)
+            or sinks.shape != (heads,)
+            or keys.dim() != 3
+            or not readable(visible, batch, tokens, keys.shape[1])
+        ):
             return None
         if not fits_side_by_side(keys, query.dtype, batch, keys.shape[1], width):
             return None
@@ -246,9 +253,8 @@ class Kernels:
         """
         batch, heads, tokens, width = query.shape
         kv_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
-        for each in (query, key, value):
-            if not lies_in_rows(each, query.dtype):
-                return None
+        if not is_real(scaling) or not all(lies_in_rows(each, query.dtype) for each in (query, key, value)):
+            return None
         if key.shape != (batch, kv_heads, keys, width) or value.shape != (batch, kv_heads, keys, value_width):
             return None
         if heads % kv_heads or (tokens > keys if visible is None else not readable(visible, batch, tokens, keys)):

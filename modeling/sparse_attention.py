@@ -149,7 +149,8 @@ class LightningIndexer(TrainableIndexer):
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
         kernels = kernels_for(self.training, x.shape[0] * x.shape[2], x.transpose(1, 2), *position_embeddings)
-        turned = kernels and kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False)
+        how = {"interleaved": False, "rotary": self.rope_dim}
+        turned = kernels and kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, **how)
         if turned is not None:
             return turned.transpose(1, 2)
         rotary, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)

@@ -188,14 +188,33 @@ def test_a_compiler_ends_with_the_program_and_leaves_nothing(tmp_path, environme
 
 
 def test_folders_of_killed_builds_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(native_build.tempfile, "tempdir", str(tmp_path))
     for name, age in (("fathom-kernels-old", 2 * native_cache.STALE_SECONDS), ("fathom-kernels-new", 0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.s").write_text("")
         os.utime(tmp_path / name, (0, time.time() - age))
-    with native_build.build_folder() as folder:
+    with native_build.build_folder(tmp_path) as folder:
         assert folder.parent == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["fathom-kernels-new"]
+
+
+@pytest.mark.parametrize(("mode", "is_good"), [(0o700, True), (0o1777, True), (0o777, False), (0o770, False)])
+def test_temporary_folders_are_made_where_nobody_exchanges_them(tmp_path, monkeypatch, mode, is_good):
+    place = tmp_path / "tmp"
+    place.mkdir()
+    place.chmod(mode)
+    monkeypatch.setattr(native_build.tempfile, "tempdir", str(place))
+    if is_good:
+        assert native_build.temporary_place() == place
+        return
+    with pytest.raises(OSError, match="others can rename"):
+        native_build.temporary_place()
+    # Then the folder that keeps libraries serves.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CXX", compiler(tmp_path, 'for last; do :; done; echo x > "$last"'))
+    monkeypatch.setattr(native_build, "load", lambda path: Path(path).read_text())
+    assert native_build.provide("float") == ("x\n", None)
+    assert str(tmp_path / "home" / "fathom-lm" / "fathom-kernels-") in whole(tmp_path)[0]
+    assert all(path.is_file() for path in (tmp_path / "home" / "fathom-lm").iterdir())
 
 
 @pytest.mark.parametrize("home", ["a symbolic link", "a file", "none at all"])
