@@ -6,6 +6,7 @@ transformers (`test_parity_deepseek_v4`), whose own padding and packing are wron
 
 import pytest
 import torch
+from device import forbid_reading
 from torch import nn
 
 from fathom import FathomConfig, FathomForCausalLM
@@ -258,6 +259,42 @@ def test_blocks_skip_padding_and_end_with_documents():
     assert grid[0, ..., 0].tolist() == [[0, 0, 2], [3, 4, 0], [5, 6, 0]]
     assert found[1, 1:].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert (found[1, 0] == NOWHERE).all()
+
+
+@pytest.mark.parametrize("block", [2, 4, 7])
+def test_blocks_that_end_are_found_unread(block, monkeypatch):
+    """Random documents and padding: the same whole blocks, in the same order, in as many places as there can be."""
+    generator = torch.Generator().manual_seed(block)
+    for first in range(12):
+        rows = []
+        for _ in range(3):
+            lengths = torch.randint(1, 19, (6,), generator=generator).tolist()
+            # The first document may go on from tokens that are not here.
+            row = [p + first for p in range(lengths[0])]
+            row += [d * DOCUMENT + p for d, length in enumerate(lengths[1:], 1) for p in range(length)]
+            for at in torch.randint(0, len(row), (5,), generator=generator).tolist():
+                row.insert(at, NOWHERE)
+            rows.append(([NOWHERE] * 40 + row)[-40:])
+        places, tokens = torch.tensor(rows), torch.randn(3, 40, 2, generator=generator)
+        read = blocks(tokens, places, block)
+        with monkeypatch.context() as patch:
+            forbid_reading(patch)
+            unread = blocks(tokens, places, block)
+        assert unread[0].shape[1] == -(-40 // block)
+        for row in range(3):
+            found = [
+                (grid[row][ends], at[row][ends]) for grid, at in (read, unread) for ends in [at[row, :, -1] != NOWHERE]
+            ]
+            assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_too_many_blocks_are_an_error_unread(monkeypatch):
+    """Documents that begin in the middle of a block, one after the other: more blocks end than there is room for."""
+    forbid_reading(monkeypatch)
+    for documents in (3, 4, 9):
+        places = torch.tensor([[document * DOCUMENT + 3 for document in range(documents)]])
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            blocks(torch.ones(1, documents, 2), places, 4)
 
 
 def test_places():

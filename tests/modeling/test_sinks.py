@@ -336,9 +336,9 @@ def test_backends_without_sinks_are_refused(implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["swa", "hca"])
+@pytest.mark.parametrize("kind", ["swa", "csa", "hca"])
 def test_prefill_compiles_as_one_graph(kind, monkeypatch):
-    """Not in parts, whose keys depend on the data. (csa: how many entries it chooses among depends on the data.)"""
+    """Not in parts, whose keys depend on the data."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 5)
     ours = model(token_mixers=kind, num_hidden_layers=2, num_nextn_predict_layers=0)
     compiled = torch.compile(ours.model, fullgraph=True, backend="eager")
