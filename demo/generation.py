@@ -14,16 +14,16 @@ Chat format: DeepSeek-V3.1, where the prompt ends in `<think>` (reasoning first)
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
-from ..tokenizer import check_text
-from ..training.errors import UserError
+from ..tokenizer import check_text, encode_chat, encode_text
+from ..training.chat_templates import check_template
+from ..training.errors import UserError, reason
 from .sampling import Sampling
 
 TICK = 0.1  # seconds between two looks at a silent model; bounds how long a closed consumer goes unnoticed
@@ -77,16 +77,24 @@ class _Watch(StoppingCriteria):
         return torch.full((1,), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str, allowed_special: Collection[str] = ()) -> list[int]:
     """Token ids of plain text to be continued, with the BOS that every document of the corpus began with.
 
     Fathom's tokenizers add no BOS by themselves (the chat template writes it), so it is put here.
 
+    Args:
+        tokenizer: with a byte-level BPE.
+        text: its control tokens are text too (`encode_text`).
+        allowed_special: control tokens that are meant where the text holds them.
+
     Raises:
-        UserError: no token to start from, or text that is not valid Unicode.
+        UserError: no token to start from, text that is not valid Unicode, or a name that is no control token.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt = [*bos, *tokenizer.encode(_checked(text), add_special_tokens=False)]
+    try:
+        prompt = [*bos, *encode_text(tokenizer, check_text(text), allowed_special)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if not prompt:
         raise UserError(
             "the prompt is empty and this tokenizer has no begin-of-sentence token; write a word to start from"
@@ -95,29 +103,35 @@ def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def chat_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], thinking: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    thinking: bool = False,
+    allowed_special: Collection[str] = (),
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's turn begins.
 
     Args:
         tokenizer: one with a chat template.
-        messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+        messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first. Control tokens in them,
+            also in what the model said, are text (`encode_chat`).
         thinking: whether the reply opens with reasoning.
+        allowed_special: control tokens that are meant where a message holds them.
 
     Raises:
-        UserError: no chat template, a conversation the template refuses, or text that is not valid Unicode.
+        UserError: no chat template, a conversation the template refuses, text that is not valid Unicode, or a name
+            that is no control token.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("this checkpoint's tokenizer has no chat template; it can only continue raw text")
     for message in messages:
         _checked(message["content"])
+    options: dict[str, Any] = {"add_generation_prompt": True, "thinking": thinking}
+    check_template(tokenizer, messages, **options)
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True, thinking=thinking
-        )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return encoded["input_ids"]
+        encoded = encode_chat(tokenizer, messages, allowed_special=allowed_special, **options)
+    except Exception as error:
+        raise UserError(f"the chat template refuses this conversation: {reason(error)}") from error
+    if not encoded.input_ids:
+        raise UserError("the chat template renders no token from this conversation; mend chat_template.jinja")
+    return encoded.input_ids
 
 
 def stream(

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.modeling_fathom import FathomForCausalLM
 from ..modeling.presets import GENERATIONS
 from ..tokenizer import train_tokenizer
-from ..training.checkpoints import find_checkpoints, load_model, load_tokenizer
+from ..training.checkpoints import find_checkpoints
 from ..training.errors import UserError, did_you_mean
+from ..training.loading import load_model, load_tokenizer
 
 RANDOM = "random:"
 UNTRAINED = tuple(RANDOM + generation for generation in reversed(GENERATIONS))  # newest first
@@ -84,7 +85,13 @@ def load_source(source: str, int8: bool = False) -> Loaded:
     if is_untrained(source):
         model, tokenizer = untrained(source.removeprefix(RANDOM))
     else:
-        model, tokenizer = load_model(source), load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
+        model = load_model(source)
+        stored = model.generation_config
+        # Of what a folder stores for `generate()` only its control tokens: the rest is said by page and command line.
+        model.generation_config = GenerationConfig(
+            bos_token_id=stored.bos_token_id, eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id
+        )
     if int8:
         model.quantize_int8()
     if torch.accelerator.is_available():

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention import causal_attention, serves
 from .cache import FathomCache
-from .fused import PLAIN, is_plain, kernels_for, kernels_of, one_for_all_heads, readable
+from .fused import PLAIN, is_plain, kernels_for, kernels_of, one_for_all_heads
 from .memory import give_back_freed_memory
 from .normalization import FathomRMSNorm
 from .products import mapped, project
@@ -129,13 +129,8 @@ class FathomAttention(nn.Module):
         visible = one_for_all_heads(attention_mask)
         if attention_mask is not None and visible is None:
             return None
-        if not readable(visible, len(query), query.shape[2], key.shape[2]):
-            return None
         kernels = kernels_of(self.training, query)
-        each_fits = (type(each) in PLAIN and each.dtype is query.dtype and each.is_cpu for each in (query, key, value))
-        if kernels is None or not all(each_fits) or any(each.stride(-1) != 1 for each in (query, key, value)):
-            return None
-        return kernels.attend_text(query, key, value, visible, self.scaling)
+        return kernels and kernels.attend_text(query, key, value, visible, self.scaling)
 
     def trains_causally(self, attention_mask: torch.Tensor | None, is_causal: bool | None = None, **_) -> bool:
         """Whether this is training by SDPA without padding, packed documents or dropout."""
@@ -321,10 +316,11 @@ class MultiHeadLatentAttention(FathomAttention):
         kernels = kernels_for(self.training, q_latent.shape[:2].numel(), *given, any_text=True)
         if kernels is not None:
             rotate = partial(kernels.norm_rotate, interleaved=self.rope_interleave)
-            query = rotate(query, *position_embeddings, first=self.qk_nope_head_dim)
+            rotated = rotate(query, *position_embeddings, first=self.qk_nope_head_dim)
             normed = {"norm_width": rank, "norm": norm.weight, "eps": norm.eps}
-            latents = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)
-            return query.transpose(1, 2), latents.transpose(1, 2)
+            cached = rotate(latents.unsqueeze(2), *position_embeddings, first=rank, **normed)
+            if rotated is not None and cached is not None:
+                return rotated.transpose(1, 2), cached.transpose(1, 2)
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_pe = self.split_latents(latents)
         # The key is rotated as one more head: a rotation is many small operations.
@@ -489,13 +485,8 @@ class MultiHeadLatentAttention(FathomAttention):
         """
         query, cache = query.transpose(1, 2).contiguous(), latents.squeeze(1)
         kernels = kernels_for(self.training, query.shape[:2].numel(), query, self.kv_b_proj.weight, most=most)
-        read = cache.shape[1] if chosen is None else chosen.shape[2]
-        if kernels is None or not readable(visible, query.shape[0], query.shape[1], read):
-            return None
-        if cache.stride()[1:] != (cache.shape[2], 1):
-            return None
         sizes = self.scaling, self.kv_lora_rank, self.qk_nope_head_dim
-        return kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, visible, chosen)
+        return kernels and kernels.attend_latents(query, cache, self.kv_b_proj.weight, *sizes, visible, chosen)
 
 
 def eager_with_shared_key(

@@ -13,11 +13,17 @@ Every layer, and the cache as a whole, has `nbytes`, `allocated_nbytes`, `crop`,
 and `drop_oldest` too.
 """
 
+import copy
+
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.utils import logging
 
 from .cache_layers import FathomCacheLayer, KeyValueCacheLayer, StaticKeyValueCacheLayer
 from .compressed_cache import CompressedCacheLayer, StaticCompressedCacheLayer
+
+logger = logging.get_logger(__name__)
 
 
 class FathomCache(Cache):
@@ -86,6 +92,12 @@ class FathomDynamicCache(FathomCache, DynamicCache):
         for layer, others in zip(self.layers, other.layers, strict=True):
             layer.batch_append(others)
 
+    def copied(self) -> "FathomDynamicCache":
+        """A cache with the same tensors, of which the two may then keep different rows (`batch_select_indices`)."""
+        other = copy.copy(self)
+        other.layers = [layer.copied() for layer in self.layers]
+        return other
+
     def drop_oldest(self, columns: int) -> None:
         """Forgets columns at the beginning that are padding in every row, as when the longest row has been removed.
 
@@ -102,6 +114,21 @@ class FathomDynamicCache(FathomCache, DynamicCache):
 
 class FathomStaticCache(FathomCache, StaticCache):
     """An adopted `StaticCache`."""
+
+
+def offloaded_where_it_can_be(generation_config: GenerationConfig) -> GenerationConfig:
+    """The settings of a call of `generate`, with a cache that stays where it is if there is no accelerator.
+
+    An offloaded cache keeps its layers on the CPU while an accelerator does not need them. Without one all of it is
+    there anyway; transformers asks for a stream all the same, and a CUDA build of PyTorch has none without a driver.
+    """
+    kind = generation_config.cache_implementation
+    if kind is None or "offloaded" not in kind or torch.accelerator.is_available():
+        return generation_config
+    logger.warning_once(f"cache_implementation='{kind}': there is no accelerator, so the cache is on the CPU as it is")
+    generation_config = copy.copy(generation_config)
+    generation_config.cache_implementation = "static" if "static" in kind else "dynamic"
+    return generation_config
 
 
 def adopt_cache(cache: Cache, config) -> None:
@@ -127,12 +154,46 @@ def adopt_cache(cache: Cache, config) -> None:
         raise ValueError("the cache was filled by another kind of model; start with a new cache")
     if not known or (static and filled):
         return
+    if filled:
+        check_widths(cache, config)
     for index in range(config.num_hidden_layers):
         layer = cache_layer(config, index, cache.get_max_length() if static else None)
         if index < len(cache.layers) and cache.layers[index].is_initialized:
             layer.update(cache.layers[index].keys, cache.layers[index].values)
         cache.layers[index : index + 1] = [layer]
     cache.__class__ = FathomStaticCache if static else FathomDynamicCache
+
+
+def empty_cache(config) -> FathomDynamicCache:
+    """A growing cache without tokens."""
+    cache = DynamicCache(config=config)
+    adopt_cache(cache, config)
+    return cache  # type: ignore[return-value]
+
+
+def check_widths(cache: Cache, config) -> None:
+    """Raises ValueError unless the filled layers of a foreign cache hold what this model's layers cache per token.
+
+    PEFT's prefix tuning, for one, makes keys and values of all heads, which latent attention does not cache.
+    """
+    for index, layer in enumerate(cache.layers[: config.num_hidden_layers]):
+        if not layer.is_initialized:
+            continue
+        kind = config.token_mixer(index)
+        if kind == "mha":
+            expected = [(config.num_key_value_heads, config.head_dim)] * 2
+        else:
+            expected = [
+                (1, config.kv_lora_rank + config.qk_rope_head_dim),
+                (1, config.index_head_dim if kind == "dsa" else 0),
+            ]
+        found = [(rows.shape[1], rows.shape[-1]) for rows in (layer.keys, layer.values)]
+        if found != expected:
+            raise ValueError(
+                f"the cache holds keys and values of {found} heads and widths where layer {index} ({kind}) caches "
+                f"{expected}: it was filled by another kind of model; start with a new cache (PEFT's prefix tuning "
+                f"fits multi-head attention alone, its prompt tuning all mixers)"
+            )
 
 
 def cache_layer(config, layer_idx: int, max_cache_len: int | None = None) -> FathomCacheLayer:
@@ -146,5 +207,5 @@ def cache_layer(config, layer_idx: int, max_cache_len: int | None = None) -> Fat
         "hca": (config.compress_rate_hca, config.compress_rate_hca - 1),
     }[config.token_mixer(layer_idx)]
     if max_cache_len is None:
-        return CompressedCacheLayer(config.sliding_window - 1, tail)
+        return CompressedCacheLayer(config.sliding_window - 1, tail, block)
     return StaticCompressedCacheLayer(config.sliding_window - 1, tail, block, max_cache_len)

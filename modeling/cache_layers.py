@@ -12,6 +12,7 @@ Windows and compressed entries: see `compressed_cache`.
 Shapes: B batch, H heads, T new tokens, S tokens in the cache, C tokens there is room for, D any width.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -80,6 +81,14 @@ class FathomCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._change(lambda rows: rows[indices.to(rows.device)])
+
+    def copied(self) -> "FathomCacheLayer":
+        """A layer with the same tensors, which changes of rows in one of the two do not reach."""
+        other = copy.copy(self)
+        for name, store in vars(self).items():
+            if isinstance(store, dict):
+                setattr(other, name, dict(store))
+        return other
 
     def batch_append(self, other: "FathomCacheLayer") -> None:
         """Puts the rows of another filled layer of this kind below these; all of them end in the same column.
@@ -236,11 +245,13 @@ class StaticCacheLayer(FathomCacheLayer):
         self.max_cache_len = max_cache_len
         self.is_initialized = False
         # Were it a number, a compiled step would be compiled again for every token.
-        self.length = torch.tensor(0)
+        self.length = torch.zeros((), dtype=torch.int64)
 
     def start(self, device: torch.device) -> None:
         self.device = device
-        self.length = self.fixed(self.length.to(device))
+        if self.length.device != device:
+            self.length = torch.zeros_like(self.length, device=device)
+        self.length = self.fixed(self.length)
         self.is_initialized = True
 
     def fixed(self, rows: torch.Tensor) -> torch.Tensor:

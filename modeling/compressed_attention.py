@@ -27,7 +27,6 @@ neither sinks nor places, and transformers refuses them.
 Shapes: B batch, T query tokens, S tokens of the window, N entries, m block, H heads, D head width, P rotary width.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -39,9 +38,10 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .attention import FathomAttention, MixerOutput
-from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, take_rows
+from .compressed_cache import DOCUMENT, NOWHERE, CompressedCacheLayer, padding_first, take_rows
 from .compressor import CompressedSparseCompressor, Compressor
 from .fused import is_plain, kernels_for
+from .host import host_can_read
 from .indexing import (
     best_keys,
     best_of,
@@ -52,8 +52,18 @@ from .indexing import (
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
 from .products import project
-from .rotary import FathomRotaryEmbedding, rotate_end
+from .rotary import FathomRotaryEmbedding, rotate_end, window_rotary_config
 from .sinks import eager_with_sinks, sdpa_with_sinks
+from .text_parts import (
+    Queries,
+    counted_entries,
+    counted_reach,
+    only_chosen,
+    padding_before_tokens,
+    part_of_selection,
+    put_back,
+    reach,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -76,8 +86,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernels = kernels_for(self.training, x.shape[:2].numel(), x, self.weight)
-        if kernels is not None:
-            return kernels.project_groups(x, self.weight)
+        output = kernels and kernels.project_groups(x, self.weight)
+        if output is not None:
+            return output
         return torch.einsum("btgi,goi->btgo", x, self.weight.unflatten(0, (self.groups, -1)))
 
 
@@ -103,7 +114,7 @@ class SlidingWindowAttention(FathomAttention):
         self.index_dense = config.index_dense
         self.index_topk = config.index_topk
         self.compressor = self.make_compressor(config)
-        self.rotary_emb = FathomRotaryEmbedding(rotary_config(config, compressed=self.compressor is not None))
+        self.rotary_emb = FathomRotaryEmbedding(window_rotary_config(config, compressed=self.compressor is not None))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,6 +130,7 @@ class SlidingWindowAttention(FathomAttention):
         cache: Cache | None = None,
         report_indexer: bool = False,
         rotations: dict | None = None,
+        padded: bool = False,
         **kwargs,
     ) -> MixerOutput:
         """Mixes tokens.
@@ -129,6 +141,7 @@ class SlidingWindowAttention(FathomAttention):
             cache: a `FathomCache` whose layer is a `CompressedCacheLayer`.
             report_indexer: whether the output is to have the indexer's report, where there is an indexer.
             rotations: what layers share of the cosines and sines of `places`; the first of a kind puts them in.
+            padded: whether there may be padding among the tokens; asked for where `places` cannot be read (`host`).
 
         Returns:
             Attention weights are [B, H, T, S + N], the window's tokens first, then the entries; None with SDPA.
@@ -139,48 +152,75 @@ class SlidingWindowAttention(FathomAttention):
         (query,) = project(q_latent, self.q_b_proj)
         query = query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         query = rotate_end(query, *rotation, training=self.training, norm_eps=self.norm_eps)  # [B, H, T, D]
-        keys, key_places, entries = self.keys_and_entries(hidden_states, key, rotation, places, cache)
+        keys, key_places, entries = self.keys_and_entries(hidden_states, key, rotation, places, cache, padded)
+        queries, order = Queries(hidden_states, q_latent, query, places, *rotation), None
+        if self.counts_columns(query, places) and (padded or self.has_padded_past(cache)):
+            order = padding_before_tokens(places)
+            queries = queries.ordered(order)
+            sorted_keys = padding_first({"places": key_places, "window": keys})
+            keys, key_places = sorted_keys["window"], sorted_keys["places"]
 
-        report = None
-        select = partial(self.select, hidden_states, q_latent, rotation, places, entries)
-        if self.parts_pay(query) and not report_indexer:
-            output, weights = self.attend_in_parts(query, places, keys, key_places, entries, select), None
-        else:
-            few = None
-            if self.reads_one_query(query) and not (report_indexer or self.index_dense):
-                few = self.fused_choice(hidden_states, q_latent, rotation, places, entries)
-            if few is not None:
-                read, chosen = few
-            else:
-                read = entries["compressor"]
-                visible, scores = select(slice(None), read.shape[1], report_indexer)
-                chosen = visible if scores is None else self.choose(scores, visible)
-                if report_indexer and scores is not None and self.has_report():
-                    report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
-                if self.index_dense:
-                    chosen = visible
-                elif scores is not None and self.reads_one_query(query):
-                    read, chosen = only_chosen(read, chosen, self.index_topk)
-            if self.parts_pay(query):
-                selected = partial(part_of_selection, chosen)
-                output, weights = self.attend_in_parts(query, places, keys, key_places, entries, selected), None
-            else:
-                output, weights = self.attend_with_sinks(query, places, keys, key_places, read, chosen)
+        output, weights, report = self.read(queries, keys, key_places, entries, report_indexer)
         if weights is None and kwargs.get("output_attentions"):
             logger.warning_once(
                 "SDPA gives no attention weights; set attn_implementation to 'eager' for output_attentions=True"
             )
-        output = rotate_end(output, *rotation, training=self.training, backwards=True)
+        output = rotate_end(output, queries.cos, queries.sin, training=self.training, backwards=True)
         output = output.transpose(1, 2).flatten(2).unflatten(-1, (self.o_groups, -1))  # [B, T, G, H D / G]
-        output = self.o_a_proj(output).flatten(2)
-        return MixerOutput(project(output, self.o_b_proj)[0], weights, report)
+        (output,) = project(self.o_a_proj(output).flatten(2), self.o_b_proj)
+        if order is not None:
+            output = put_back(output, order)
+            report = None if report is None else put_back(report.movedim(0, -1), order).movedim(-1, 0)
+        return MixerOutput(output, weights, report)
 
-    def remember_but_last(self, hidden_states, cache, places=None, **_) -> None:
+    def read(
+        self,
+        queries: Queries,
+        keys: torch.Tensor,
+        key_places: torch.Tensor,
+        entries: dict[str, torch.Tensor],
+        report_indexer: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Attention to the window and to the entries that are chosen.
+
+        Args:
+            keys, key_places, entries: as `keys_and_entries` returns them. report_indexer: see `forward`.
+
+        Returns:
+            Output [B, H, T, D], weights as `forward` returns them, and the indexer's report.
+        """
+        query, places = queries.query, queries.places
+        report = None
+        rotation = queries.cos, queries.sin
+        select = partial(self.select, queries.hidden_states, queries.q_latent, rotation, places, entries)
+        if self.parts_pay(query) and not report_indexer:
+            return self.attend_in_parts(query, places, keys, key_places, entries, select), None, None
+        few = None
+        if self.reads_one_query(query) and not (report_indexer or self.index_dense):
+            few = self.fused_choice(queries.hidden_states, queries.q_latent, rotation, places, entries)
+        if few is not None:
+            read, chosen = few
+        else:
+            read = entries["compressor"]
+            visible, scores = select(slice(None), read.shape[1], report_indexer)
+            chosen = visible if scores is None else self.choose(scores, visible)
+            if report_indexer and scores is not None and self.has_report():
+                report = self.report(query, places, keys, key_places, read, visible, chosen, scores)
+            if self.index_dense:
+                chosen = visible
+            elif scores is not None and self.reads_one_query(query):
+                read, chosen = only_chosen(read, chosen, self.index_topk)
+        if self.parts_pay(query):
+            selected = partial(part_of_selection, chosen)
+            return self.attend_in_parts(query, places, keys, key_places, entries, selected), None, report
+        return *self.attend_with_sinks(query, places, keys, key_places, read, chosen), report
+
+    def remember_but_last(self, hidden_states, cache, places=None, padded=False, **_) -> None:
         # A window cannot forget a token: what it lets go for it is gone.
         hidden_states, places = hidden_states[:, :-1], places[:, :-1]
         rotation = self.rotation(hidden_states, places, None)
         (key,) = project(hidden_states, self.kv_proj)
-        self.keys_and_entries(hidden_states, key, rotation, places, cache)
+        self.keys_and_entries(hidden_states, key, rotation, places, cache, padded)
 
     def keys_and_entries(
         self,
@@ -189,11 +229,12 @@ class SlidingWindowAttention(FathomAttention):
         rotation: tuple[torch.Tensor, torch.Tensor],
         places: torch.Tensor,
         cache: Cache | None,
+        padded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """What queries at `places` [B, T] read, with what is cached; the new tokens' part of it is cached as well.
 
         Args:
-            hidden_states: [B, T, d]. key: their keys, neither normed nor rotated [B, T, D].
+            hidden_states: [B, T, d]. key: their keys, neither normed nor rotated [B, T, D]. padded: see `forward`.
 
         Returns:
             Keys [B, S, D], their places [B, S], and entries as `entries` returns them.
@@ -202,6 +243,8 @@ class SlidingWindowAttention(FathomAttention):
         layer = None if cache is None else cache.fetch(self.layer_idx, places.device)
         streams = {"places": places, "window": key, **self.contributions(hidden_states)}
         if layer is not None:
+            if padded and not host_can_read(places):
+                layer.expect_padding()
             streams = layer.append_tokens(**streams)
         keys = streams["window"]
         key_places = streams["places"][:, -keys.shape[1] :]
@@ -249,8 +292,8 @@ class SlidingWindowAttention(FathomAttention):
         both = torch.cat((keys, entries), dim=1)
         if self.config._attn_implementation == "sdpa":
             kernels = kernels_for(self.training, places.numel(), query.transpose(1, 2), both, self.sinks)
-            if kernels is not None:
-                output = kernels.attend_shared(query.transpose(1, 2), both, visible, self.sinks, self.scaling)
+            output = kernels and kernels.attend_shared(query.transpose(1, 2), both, visible, self.sinks, self.scaling)
+            if output is not None:
                 return output.transpose(1, 2), None
         if self.reads_one_query(query):
             # By the definition, in two small products: no second copy of the keys is needed to put the sink in. The
@@ -278,6 +321,25 @@ class SlidingWindowAttention(FathomAttention):
         sdpa = self.config._attn_implementation == "sdpa"
         return sdpa and not torch.compiler.is_compiling() and query.shape[2] > QUERIES_AT_ONCE
 
+    def counts_columns(self, query: torch.Tensor, places: torch.Tensor) -> bool:
+        """Whether a part's keys and entries are found by counting columns (`text_parts`)."""
+        return self.parts_pay(query) and not host_can_read(places)
+
+    def has_padded_past(self, cache: Cache | None) -> bool:
+        return cache is not None and cache.layer(self.layer_idx).may_hold_padding
+
+    def seen_by_part(
+        self, part: slice, places: torch.Tensor, key_places: torch.Tensor, entry_places: torch.Tensor
+    ) -> tuple[slice, int]:
+        """The keys that a part of the queries may see, and how many of the first entries. Arguments as below."""
+        if host_can_read(places):
+            some = places[:, part]
+            return reach(some, key_places, self.window), reach(some, entry_places, window=None).stop
+        queries, entries = places.shape[1], entry_places.shape[1]
+        block = 1 if self.compressor is None else self.compressor.block
+        near = counted_reach(part, queries, key_places.shape[1], self.window)
+        return near, counted_entries(part, queries, entries, block)
+
     def attend_in_parts(
         self,
         query: torch.Tensor,
@@ -302,8 +364,7 @@ class SlidingWindowAttention(FathomAttention):
         outputs = []
         for start in range(0, query.shape[2], QUERIES_AT_ONCE):
             part = slice(start, start + QUERIES_AT_ONCE)
-            near = reach(places[:, part], key_places, self.window)
-            count = reach(places[:, part], entries["places"], window=None).stop
+            near, count = self.seen_by_part(part, places, key_places, entries["places"])
             read = entries["compressor"][:, :count]
             some = query[:, :, part], places[:, part], keys[:, near], key_places[:, near], read
             visible, scores = select(part, count)
@@ -366,17 +427,16 @@ class SlidingWindowAttention(FathomAttention):
             layer: what has the entries of the tokens before.
         """
         # Most steps of decoding complete no block.
-        if layer is not None and not layer.gains_entries(places, self.compressors()["compressor"].block):
+        if layer is not None and not layer.gains_entries(places):
             return layer.entries
         past = streams["places"][:, : -places.shape[1]]
         after = F.pad(past, (1, 0), value=NOWHERE).amax(dim=1, keepdim=True)
         new: dict[str, torch.Tensor] = {}
         for name, compressor in self.compressors().items():
             contributions = streams[name]
-            tokens, block = contributions.shape[1], compressor.block
-            most_blocks = None if layer is None else layer.most_blocks(tokens, block)
-            entries, places = compressor(contributions, streams["places"][:, -tokens:], after, most_blocks)
-            first = (places % DOCUMENT - (block - 1)).clamp(min=0)
+            tokens = contributions.shape[1]
+            entries, places = compressor(contributions, streams["places"][:, -tokens:], after)
+            first = (places % DOCUMENT - (compressor.block - 1)).clamp(min=0)
             rotation = self.rotary_emb(entries, first)
             new[name] = rotate_end(entries.unsqueeze(1), *rotation, training=self.training).squeeze(1)
             new["places"] = places
@@ -485,7 +545,10 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return None
         visible = self.visible_entries(places, entries["places"])
         query = indexer.queries(q_latent, rotation).transpose(1, 2)
-        chosen, sees = kernels.choose_keys(query, keys, hidden_states, weight, visible, self.index_topk)
+        choice = kernels.choose_keys(query, keys, hidden_states, weight, visible, self.index_topk)
+        if choice is None:
+            return None
+        chosen, sees = choice
         return take_rows(entries["compressor"], chosen.squeeze(1)), sees
 
     def has_report(self) -> bool:
@@ -514,51 +577,4 @@ class CompressedSparseAttention(SlidingWindowAttention):
             seen = torch.cat((near, attended), dim=2)
             return head_summed_attention(query.detach(), both, seen, self.scaling, self.sinks)[..., near.shape[2] :]
 
-        return indexer_report(scores, visible, chosen, attention, self.index_dense, not self.training)
-
-
-def part_of_selection(chosen: torch.Tensor, part: slice, count: int) -> tuple[torch.Tensor, None]:
-    """What is selected already, bool [B, T, N], as `SlidingWindowAttention.select` returns it."""
-    return chosen[:, part, :count], None
-
-
-def reach(places: torch.Tensor, key_places: torch.Tensor, window: int | None) -> slice:
-    """The range of keys, in `key_places` [B, S], outside of which no query at `places` [B, T] sees any.
-
-    Without a window queries see everything before them.
-    """
-    newest = places.amax(dim=1, keepdim=True)
-    near = (key_places <= newest) & (key_places != NOWHERE)  # [B, S]
-    if window is not None:
-        oldest = places.where(places != NOWHERE, newest).amin(dim=1, keepdim=True)
-        near &= key_places > oldest - window
-    indices = near.any(dim=0).nonzero().flatten().tolist()
-    return slice(indices[0], indices[-1] + 1) if indices else slice(0)
-
-
-def only_chosen(entries: torch.Tensor, chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries [B, N, D] that a single query reads, at most `most` of them as `chosen` [B, 1, N] says; in any order.
-
-    Returns:
-        Entries [B, M, D], M = `most` if there are so many, and which of them were chosen [B, 1, M].
-    """
-    chosen, order = chosen.squeeze(1).byte().topk(min(most, chosen.shape[-1]), sorted=False)
-    return take_rows(entries, order), chosen.bool().unsqueeze(1)
-
-
-def rotary_config(config, compressed: bool):
-    """The configuration of one of V4's two rotary embeddings, in the form that transformers' rotary code reads.
-
-    Layers with a compressed past have a larger base, and YaRN; DeepSeek's code does not scale cosines and sines by
-    YaRN's attention factor, which transformers would derive if it were not said. Windows are short, and have neither.
-    """
-    view = copy.copy(config)
-    view.head_dim = config.qk_rope_head_dim
-    rope = config.rope_parameters
-    if compressed:
-        view.rope_parameters = {**rope, "rope_theta": config.compress_rope_theta}
-        if rope["rope_type"] == "yarn":
-            view.rope_parameters["attention_factor"] = 1.0
-    else:
-        view.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    return view
+        return indexer_report(scores, visible, chosen, attention, self.index_dense, not self.training, self.index_topk)

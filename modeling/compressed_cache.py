@@ -11,7 +11,10 @@ places differ by less than the window exactly if the tokens are that close in th
 far below all others, which no query ever reaches. An entry stands where its last token stands.
 
 Rows of a batch may be padded on the left, hence complete their blocks at different times: every row has its own
-number of entries.
+number of entries. Rows with fewer entries than others have empty places behind them.
+
+Where the host cannot read places (`host`), there are as many columns of entries as tokens could have completed, and
+padding is looked for only after `padded` has been set: an attention mask may hide tokens.
 
 Shapes: B batch, T new tokens, S kept tokens, N entries, D any width.
 """
@@ -20,7 +23,8 @@ from collections.abc import Callable
 
 import torch
 
-from .cache_layers import FathomCacheLayer, StaticCacheLayer, append_rows
+from .cache_layers import FathomCacheLayer, StaticCacheLayer, append_rows, with_room
+from .host import host_can_read
 
 DOCUMENT = 2**32
 NOWHERE = -(2**62)  # the place of padding, and of tokens and entries that a row has not yet
@@ -32,12 +36,14 @@ class CompressedCacheLayer(FathomCacheLayer):
     Args:
         window: number of newest tokens whose keys are needed by the next one, itself not counted.
         tail: number of newest tokens whose compressor inputs are needed to complete the next entry; 0 without entries.
+        block: tokens per entry.
     """
 
-    def __init__(self, window: int, tail: int):
+    def __init__(self, window: int, tail: int, block: int):
         # Not the base's, which sets keys and values: here they are a view.
         self.window = window
         self.tail = tail
+        self.block = block
         self.is_sliding = tail == 0
         self.record_past = False
         self.is_initialized = False
@@ -98,28 +104,39 @@ class CompressedCacheLayer(FathomCacheLayer):
         new_tokens = streams["places"].shape[1]
         self.length += new_tokens
         self.tokens = joined
-        self.padded = self.padded or int(streams["places"].min()) == NOWHERE
+        if not self.padded and host_can_read(streams["places"]):
+            self.padded = int(streams["places"].min()) == NOWHERE
         if not self.record_past:
             self._forget()
         return {name: newest(rows, self.needed(name) + new_tokens) for name, rows in joined.items()}
 
-    def most_blocks(self, tokens: int, block: int) -> int | None:
-        """Number of blocks to make room for, if it may not depend on where `tokens` tokens stand."""
-        return None
+    def expect_padding(self) -> None:
+        """Says that there may be padding among the next tokens, where the host cannot look."""
+        self.padded = True
 
-    def gains_entries(self, places: torch.Tensor, block: int) -> bool:
-        """Whether any new token, at `places` [B, T], completes a block; also at first, when there is no entry yet."""
-        if not self.entries:
+    @property
+    def may_hold_padding(self) -> bool:
+        return self.padded
+
+    def gains_entries(self, places: torch.Tensor) -> bool:
+        """Whether any new token, at `places` [B, T], may complete a block; also at first, when there is no entry yet.
+
+        Where the host cannot read places: always.
+        """
+        if not self.entries or not host_can_read(places):
             return True
+        last = self.block - 1
         if places.shape[1] == 1:  # a step of decoding: read once, and not by five operations
-            return any(place % DOCUMENT % block == block - 1 for place in places.flatten().tolist())
-        return bool((places % DOCUMENT % block == block - 1).any())
+            return any(place % DOCUMENT % self.block == last for place in places.flatten().tolist())
+        return bool((places % DOCUMENT % self.block == last).any())
 
     def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
         """Adds entries [B, M, D] that stand at `places` [B, M], and returns all of them [B, N, D].
 
         Entries that stand NOWHERE are left out, row by row; rows that have fewer than others are filled at the end.
         """
+        if not host_can_read(entries["places"]):
+            return self._append_unread(entries)
         there = entries["places"] != NOWHERE  # [B, M]
         if self.entries and (there == there[:1]).all() and (self.entries["places"] != NOWHERE).all():
             # No row gains what others do not: nothing is to be moved, and the past is not copied.
@@ -136,6 +153,35 @@ class CompressedCacheLayer(FathomCacheLayer):
         self.entries = {name: take_rows(rows, order) for name, rows in entries.items()}
         return self.entries
 
+    def most_entries(self) -> int:
+        """How many entries a row may have of the tokens so far; a document may begin within a block, once per row."""
+        return -(-int(self.length) // self.block)
+
+    def _append_unread(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same, with a number of columns that does not depend on places."""
+        most, present = self.most_entries(), entries["places"] != NOWHERE  # [B, M]
+        before = self.entries or {name: nothing(name, new, 0) for name, new in entries.items()}
+        there_are = (before["places"] != NOWHERE).sum(dim=1, keepdim=True)
+        # Behind the last column is one for what stands NOWHERE.
+        row = torch.where(present, there_are + present.cumsum(dim=1) - 1, most)
+        for name, new in entries.items():
+            self.buffers[name] = self._written(name, before[name][:, :most], new, row, most + 1)
+        self.entries = {name: buffer[:, :most] for name, buffer in self.buffers.items()}
+        return self.entries
+
+    def _written(
+        self, name: str, rows: torch.Tensor, new: torch.Tensor, row: torch.Tensor, columns: int
+    ) -> torch.Tensor:
+        """Rows [B, N, ...] of a name, at least as many as `columns`, with `new` ones at `row` [B, M]."""
+        count, index = rows.shape[1], along(row, new)
+        if name == "places" or rows.requires_grad or new.requires_grad:
+            longer = torch.cat((rows, nothing(name, rows, columns - count)), dim=1)
+            return longer.scatter(1, index, new)
+        buffer = with_room(self.buffers.get(name, rows), count, columns)
+        # Columns with nothing in them are read under a mask, which does not silence a NaN.
+        buffer[:, count:columns] = 0
+        return buffer.scatter_(1, index, new)
+
     def _extended(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """The entries of a name with new ones [B, M, ...] behind them, in their buffer or a larger one."""
         entries = self.entries[name]
@@ -150,11 +196,14 @@ class CompressedCacheLayer(FathomCacheLayer):
     def _forget(self) -> None:
         if all(rows.shape[1] <= self.needed(name) for name, rows in self.tokens.items()):
             return
-        places = self.tokens["places"]
         # To drop it before tokens, padding behind real ones has to be found.
-        if self.padded and ((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any():
+        if self.padded and self._padding_may_follow_tokens():
             self.tokens = padding_first(self.tokens)
         self.tokens = {name: newest_alone(rows, self.needed(name)) for name, rows in self.tokens.items()}
+
+    def _padding_may_follow_tokens(self) -> bool:
+        places = self.tokens["places"]
+        return not host_can_read(places) or bool(((places[:, :-1] != NOWHERE) & (places[:, 1:] == NOWHERE)).any())
 
     def activate_past_recording(self) -> None:
         """Keeps all tokens from now until the next `crop`, so that it can go back beyond the window."""
@@ -179,14 +228,15 @@ class CompressedCacheLayer(FathomCacheLayer):
         self._remove_premature_entries()
 
     def batch_append(self, other: FathomCacheLayer) -> None:
-        # The newest stand at the end of every row. What a row lacks before them stands NOWHERE.
+        # The newest tokens stand at the end of every row, entries at its beginning. What a row lacks stands NOWHERE.
         for mine, theirs in zip(self.stores(), other.stores(), strict=True):
             for name, rows in mine.items():
                 both = rows, theirs[name]
                 most = max(part.shape[1] for part in both)
-                mine[name] = torch.cat(
-                    [torch.cat((nothing(name, part, most - part.shape[1]), part), dim=1) for part in both]
-                )
+                filled = ((nothing(name, part, most - part.shape[1]), part) for part in both)
+                ordered = (pair if mine is self.tokens else pair[::-1] for pair in filled)
+                mine[name] = torch.cat([torch.cat(pair, dim=1) for pair in ordered])
+        self.buffers = {}
         self.length = max(int(self.length), int(other.get_seq_length()))
         self.padded = self.padded or other.padded  # type: ignore[attr-defined]
 
@@ -197,7 +247,7 @@ class CompressedCacheLayer(FathomCacheLayer):
             self._drop_gaps()
 
     def _drop_gaps(self) -> None:
-        """Leaves out places of entries that are empty in every row."""
+        """Leaves out places of entries that are empty in every row; unread, those that must be."""
         self.append_entries(**{name: rows[:, :0] for name, rows in self.entries.items()})
 
     def _held(self, rows: torch.Tensor) -> int:
@@ -211,7 +261,10 @@ class CompressedCacheLayer(FathomCacheLayer):
         self._forget()
 
     def _remove_premature_entries(self) -> None:
-        if self.entries and (premature := self._premature_entries()).any():
+        if not self.entries:
+            return
+        premature = self._premature_entries()
+        if not host_can_read(premature) or premature.any():
             self.entries["places"] = self.entries["places"].masked_fill(premature, NOWHERE)
             self._drop_gaps()
 
@@ -257,9 +310,8 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
     """
 
     def __init__(self, window: int, tail: int, block: int, max_cache_len: int):
-        CompressedCacheLayer.__init__(self, window, tail)
+        CompressedCacheLayer.__init__(self, window, tail, block)
         StaticCacheLayer.__init__(self, max_cache_len)
-        self.most_entries = max_cache_len // block
 
     def reset(self) -> None:
         super().reset()
@@ -296,20 +348,27 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
         """Number of rows of a stream."""
         return self.max_cache_len if self.record_past else min(self.needed(name), self.max_cache_len)
 
-    def gains_entries(self, places: torch.Tensor, block: int) -> bool:
-        return True  # in a compiled graph, no branch depends on places
+    def expect_padding(self) -> None:
+        pass
 
-    def most_blocks(self, tokens: int, block: int) -> int | None:
-        return (tokens + block - 2) // block + 1
+    @property
+    def may_hold_padding(self) -> bool:
+        return True  # unknown, as what is asked in a compiled graph may not change
+
+    def gains_entries(self, places: torch.Tensor) -> bool:
+        return True  # so that entries of fixed shape are there from the first forward on
+
+    def most_entries(self) -> int:
+        return self.max_cache_len // self.block
 
     def append_entries(self, **entries: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.entries:
             for name, new in entries.items():
                 # One row more than there can be takes what stands NOWHERE.
-                self.entries[name] = self.fixed(nothing(name, new, self.most_entries + 1))
+                self.entries[name] = self.fixed(nothing(name, new, self.most_entries() + 1))
         present = entries["places"] != NOWHERE  # [B, M]
         there_are = (self.entries["places"] != NOWHERE).sum(dim=1, keepdim=True)
-        row = torch.where(present, there_are + present.cumsum(dim=1) - 1, self.most_entries)
+        row = torch.where(present, there_are + present.cumsum(dim=1) - 1, self.most_entries())
         for name, new in entries.items():
             self.entries[name].scatter_(1, along(row, new), new)
         return {name: rows[:, :-1] for name, rows in self.entries.items()}
@@ -362,15 +421,17 @@ def newest_alone(rows: torch.Tensor, count: int) -> torch.Tensor:
     return kept.clone() if rows.shape[1] > 2 * count else kept
 
 
-def padding_first(streams: dict[str, torch.Tensor], where: torch.Tensor | bool = True) -> dict[str, torch.Tensor]:
+def padding_first(streams: dict[str, torch.Tensor], where: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Moves padding to the beginning of every row, so that what is dropped there first is no token.
 
     Args:
         streams: rows [B, S, ...] that end with the same token; `places` has the most. A shorter stream holds whatever
             its user needs, so that rows which it lacks are not asked for.
-        where: bool, whether to move anything.
+        where: bool, whether to move anything; None: yes.
     """
-    stays = (streams["places"] != NOWHERE) | ~torch.as_tensor(where)
+    stays = streams["places"] != NOWHERE
+    if where is not None:
+        stays = stays | ~where
     order = stays.to(torch.uint8).sort(dim=1, stable=True).indices
     most = order.shape[1]
     return {

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .compressed_cache import DOCUMENT, NOWHERE
+from .host import host_can_read
 from .indexing import TrainableIndexer, head_weights, index_scores
 from .normalization import FathomRMSNorm
 from .precision import Float32Linear
@@ -49,7 +50,7 @@ class Compressor(nn.Module):
         return torch.cat(project(hidden_states, self.kv_proj, self.gate_proj), dim=-1)
 
     def forward(
-        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor, most_blocks: int | None = None
+        self, contributions: torch.Tensor, places: torch.Tensor, after: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of the blocks that are completed by tokens beyond a place.
 
@@ -57,12 +58,11 @@ class Compressor(nn.Module):
             contributions: [B, S, 2 D or 4 D], of the new tokens and of those before that may share blocks with them.
             places: [B, S].
             after: [B, 1], place of the newest token whose entries exist already.
-            most_blocks: as in `blocks`.
 
         Returns:
             Entries [B, M, D], not yet rotated, and their places [B, M]; NOWHERE where there is none.
         """
-        grid, places = blocks(contributions, places, self.block, most_blocks)  # [B, M, m, W], [B, M, m]
+        grid, places = blocks(contributions, places, self.block)  # [B, M, m, W], [B, M, m]
         values, gates = grid.float().chunk(2, dim=-1)
         # A block's missing tokens, those before its document's first included, have no weight.
         missing = (places == NOWHERE).unsqueeze(-1)
@@ -83,36 +83,58 @@ def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
     return places - positions + positions // block
 
 
-def blocks(
-    tokens: torch.Tensor, places: torch.Tensor, block: int, most_blocks: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts tokens into their blocks.
 
     Args:
         tokens: [B, S, W].
         places: [B, S].
         block: m.
-        most_blocks: M, for shapes that do not depend on places; of more blocks the newest are taken.
 
     Returns:
-        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Without
-        `most_blocks`, M is the largest number of blocks that a row touches; rows that touch fewer begin with empty
-        ones.
+        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Where the
+        host can read places, M is the largest number of blocks that a row touches. Elsewhere M = S / m, rounded up:
+        blocks whose last token is not there are left out, as no entry can be made of them, and so many others fit.
+    """
+    number, count = _touched_blocks(places, block) if host_can_read(places) else _whole_blocks(places, block)
+    # Slot 0 takes the rest. An index beyond the last one, of a block for which there is no room, is an error.
+    slot = torch.where(number >= 0, number * block + places % DOCUMENT % block + 1, 0)
+    batch, _, width = tokens.shape
+    grid = tokens.new_zeros(batch, count * block + 1, width)
+    grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
+    grid_places = places.new_full((batch, count * block + 1), NOWHERE).scatter(1, slot, places)
+    return grid[:, 1:].unflatten(1, (count, block)), grid_places[:, 1:].unflatten(1, (count, block))
+
+
+def _touched_blocks(places: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
+    """Which of a row's blocks tokens at `places` [B, S] are in, [B, S] (-1 or less: in none), and how many it has.
+
+    Rows that touch fewer blocks than others begin with empty ones.
     """
     real = places != NOWHERE
     number = block_number(places, block)
     # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
     highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
     ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
-    count = max(int(ordinal.max()) + 1, 1) if most_blocks is None else most_blocks
+    count = max(int(ordinal.max()) + 1, 1)
     ordinal = ordinal - ordinal[:, -1:] + count - 1  # the newest block is the last
-    # One slot more than there are takes the rest.
-    slot = torch.where(real & (ordinal >= 0), ordinal * block + places % DOCUMENT % block, count * block)
-    batch, _, width = tokens.shape
-    grid = tokens.new_zeros(batch, count * block + 1, width)
-    grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
-    grid_places = places.new_full((batch, count * block + 1), NOWHERE).scatter(1, slot, places)
-    return grid[:, :-1].unflatten(1, (count, block)), grid_places[:, :-1].unflatten(1, (count, block))
+    return torch.where(real, ordinal, -1), count
+
+
+def _whole_blocks(places: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
+    """The same of the blocks whose last token is there; the number is one that no row exceeds, see `FathomModel`.
+
+    A document that begins with its first position has at most one such block per `block` tokens. One that goes on
+    from tokens which are not here may have one more.
+    """
+    count = -(-places.shape[1] // block)
+    number = block_number(places, block)
+    ends = (places != NOWHERE) & (places % DOCUMENT % block == block - 1)
+    before = ends.cumsum(dim=1) - ends.long()  # [B, S], which block ends next
+    slot = torch.where(ends, before + 1, 0)
+    numbers = number.new_full((len(number), count + 2), NOWHERE).scatter(1, slot, number)  # of the blocks that end
+    same = numbers.gather(1, before + 1) == number
+    return torch.where((places != NOWHERE) & same, before, -1), count
 
 
 def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) -> torch.Tensor:

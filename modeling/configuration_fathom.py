@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .config_limits import check_names, check_numbers, check_rope_numbers
 from .official_config import read_official
 from .presets import GENERATIONS, OFFICIAL, SIZES
 
@@ -36,6 +37,12 @@ V4_LAYER_TYPES = {
     "sliding_attention": "swa",
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
+}
+
+# What a config of transformers holds about how a model is run, and not about what it is.
+RUN_BY_CALLER = {
+    *("use_cache", "attn_implementation", "experts_implementation", "return_dict", "output_attentions"),
+    *("output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder"),
 }
 
 # What transformers takes in a config's constructor besides its fields.
@@ -177,7 +184,9 @@ class FathomConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
+        check_numbers({**self.__dict__, **kwargs})
         kwargs = self._read_v4_names(kwargs)
+        check_names(kwargs, type(self))
         if self.token_mixers is None:
             main = max(self.num_hidden_layers, 0)
             schedule = ["swa", "swa", *(["csa", "hca"] * main)][:main]
@@ -197,8 +206,33 @@ class FathomConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`."""
-        return super().from_dict(read_official(config_dict), **kwargs)
+        """As in transformers; reads the config.json of a DeepSeek model, too, by its `model_type`.
+
+        Fields among `kwargs` replace stored ones before the config is made, so that they are checked and what depends
+        on them is derived. With another `num_hidden_layers`, lists of kinds per layer keep their first ones and those
+        of the MTP layers.
+
+        How a model is run is left out of what is stored (`RUN_BY_CALLER`, private names): callers say it, and
+        `use_cache` is turned off by training (`save_pretrained`).
+        """
+        content = {name: value for name, value in config_dict.items() if not _says_how_to_run(name)}
+        content = read_official(content)
+        check_numbers(content)
+        known = {field.name for field in fields(cls)} | set(cls.attribute_map)
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "dtype"}
+        return super().from_dict({**_cut_schedules(content, changes), **changes}, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. `use_cache` is written as true.
+
+        transformers' Trainer turns it off in the config of the model that it trains, and leaves it so: whoever loads
+        the model later would get no cache.
+        """
+        use_cache, self.use_cache = self.use_cache, True
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.use_cache = use_cache
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
@@ -408,12 +442,13 @@ class FathomConfig(PreTrainedConfig):
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters or {}
-        kind, known = rope.get("rope_type", "default"), ("default", *ROPE_INIT_FUNCTIONS)
+        kind, known = str(rope.get("rope_type", "default")), ("default", *ROPE_INIT_FUNCTIONS)
         if kind not in known:
             raise ValueError(f"rope_type={kind!r} is not known{_nearest(kind, known)}; known: {', '.join(known)}")
         factor = rope.get("factor")
         if kind in ("linear", "dynamic", "yarn", "llama3") and not (isinstance(factor, float | int) and factor >= 1):
             raise ValueError(f"rope_type={kind!r} needs a factor of at least 1 in rope_parameters, not {factor!r}")
+        check_rope_numbers(rope)
 
     def _check_mla(self) -> None:
         if self.position_embedding_type != "rope":
@@ -504,6 +539,23 @@ class FathomConfig(PreTrainedConfig):
                 f"n_group={groups} leaves {experts // groups} expert per group, but a group is scored by its best two; "
                 f"set n_group to {experts // 2} or less"
             )
+
+
+def _says_how_to_run(name: str) -> bool:
+    return name.startswith("_") or name in RUN_BY_CALLER
+
+
+def _cut_schedules(content: dict, changes: dict) -> dict:
+    """The stored fields with lists of kinds per layer cut to a smaller `num_hidden_layers` among the changes."""
+    main, kept = content.get("num_hidden_layers"), changes.get("num_hidden_layers")
+    if not (isinstance(main, int) and isinstance(kept, int) and 0 < kept < main):
+        return content
+    schedules = {
+        name: [*content[name][:kept], *content[name][main:]]
+        for name in ("token_mixers", "channel_mixers", "layer_types", "mlp_layer_types", "compress_ratios")
+        if isinstance(content.get(name), list)
+    }
+    return {**content, **schedules}
 
 
 def _derived(generation: str, size: str, overrides: dict) -> dict:

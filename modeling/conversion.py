@@ -14,9 +14,11 @@ What is written: the names above, whichever were read.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -91,7 +93,7 @@ def v4_name_in_memory(name: str, num_hidden_layers: int) -> str:
     body = name.removeprefix("model.")
     first, _, rest = body.partition(".")
     number, _, inside = rest.partition(".")
-    if first in ("layers", "mtp") and number.isdigit():
+    if first in ("layers", "mtp") and _is_number(number):
         layer = int(number) + (num_hidden_layers if first == "mtp" else 0)
         return f"model.layers.{layer}.{_replace_start(inside, V4_INSIDE_READ)}"
     replaced = _replace_start(body, V4_OUTSIDE)
@@ -116,13 +118,54 @@ def name_on_disk(name: str, config) -> str:
 
 def _replace_start(name: str, beginnings: Iterable[tuple[str, str]]) -> str:
     parts = name.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    pattern = ".".join("#" if part.isdigit() else part for part in parts)
+    if "#" in parts:  # which stands for a number here
+        return name
+    numbers = iter([part for part in parts if _is_number(part)])
+    pattern = ".".join("#" if _is_number(part) else part for part in parts)
     for old, new in beginnings:
         if pattern.startswith(old):
             pattern = new + pattern.removeprefix(old)
             break
-    return pattern.replace("#", "{}").format(*numbers)
+    return ".".join(next(numbers) if part == "#" else part for part in pattern.split("."))
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name numbers a layer or an expert. Files may hold any text as names."""
+    return part.isascii() and part.isdecimal() and len(part) < 10
+
+
+_LAYER = re.compile(r"(?:model\.)?(layers|mtp)\.(\d{1,9})\.(.*)", re.S)
+# The projection of the next token's embedding, which MTP layers alone have.
+_OF_MTP_LAYER = ("eh_proj.", "e_proj.")
+
+
+def saved_layers(names: Iterable[str]) -> int | None:
+    """The number of main layers of a checkpoint with tensors of these names, or None where it has no MTP layers."""
+    matches = [match for match in map(_LAYER.fullmatch, names) if match is not None]
+    if any(match[1] == "mtp" for match in matches):
+        return 1 + max((int(match[2]) for match in matches if match[1] == "layers"), default=-1)
+    return min((int(match[2]) for match in matches if match[3].startswith(_OF_MTP_LAYER)), default=None)
+
+
+def first_layers(tensors: Mapping[str, Any], saved: int, num_hidden_layers: int) -> dict[str, Any]:
+    """The tensors of so many main layers and of all MTP layers, these with the numbers that follow.
+
+    Args:
+        tensors: of a checkpoint, by name.
+        saved: `saved_layers` of it.
+        num_hidden_layers: main layers to keep.
+    """
+    kept: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match is not None and match[1] == "layers":
+            layer = int(match[2])
+            if num_hidden_layers <= layer < saved:
+                continue
+            if layer >= saved:
+                name = f"model.layers.{layer - saved + num_hidden_layers}.{match[3]}"
+        kept[name] = tensor
+    return kept
 
 
 class OfficialNames(WeightRenaming):
@@ -174,12 +217,20 @@ class OfficialCheckpoints(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """As in transformers, which calls it with a model on the meta device; reads quantised weights too."""
-        tensors, quantized = state_dict, False
+        tensors, quantized, config = state_dict, False, model.config
         if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             tensors = open_tensors(checkpoint_files)
             quantized = any(isinstance(tensor, QuantizedSlice) for tensor in tensors.values())
-        if tensors:
-            model.drop_absent_mtp_layers(tensors)
+        if tensors and config.num_nextn_predict_layers:
+            saved = saved_layers(tensors)
+            if saved is None:
+                model.drop_mtp_layers()
+            elif saved != config.num_hidden_layers:
+                logger.warning(
+                    f"{config.name_or_path} has {saved} layers before its MTP layers, and num_hidden_layers="
+                    f"{config.num_hidden_layers} are loaded"
+                )
+                state_dict = tensors = first_layers(tensors, saved, config.num_hidden_layers)
         mapping = [OfficialNames(model.config), *(load_config.weight_mapping or [])]
         load_config = replace(load_config, weight_mapping=mapping)
         load = PreTrainedModel._load_pretrained_model
@@ -188,22 +239,18 @@ class OfficialCheckpoints(PreTrainedModel):
         with _one_tensor_at_a_time():
             return load(model, tensors, None, load_config, expected_keys)
 
-    def drop_absent_mtp_layers(self, names: Iterable[str]) -> None:
-        """Removes MTP layers that a checkpoint with tensors of these names does not have.
+    def drop_mtp_layers(self) -> None:
+        """Removes the MTP layers, of which a checkpoint has none.
 
         transformers' models drop MTP weights when they load, so what they save has none, and their config.json says
         the opposite. Layers with random weights would look like trained ones.
         """
         config = self.config
-        first, layers = config.num_hidden_layers, range(config.num_nextn_predict_layers)
-        have = {name_in_memory(name, config).removeprefix("model.").rsplit(".", 1)[0] for name in names}
-        if not layers or any(module.startswith(f"layers.{first + i}.") for module in have for i in layers):
-            return
         logger.warning(
-            f"{config.name_or_path} says num_nextn_predict_layers={len(layers)} but holds no weights of MTP layers: "
-            f"the model is loaded without them"
+            f"{config.name_or_path} says num_nextn_predict_layers={config.num_nextn_predict_layers} but holds no "
+            f"weights of MTP layers: the model is loaded without them"
         )
-        del self.base_model.layers[first:]
+        del self.base_model.layers[config.num_hidden_layers :]
         config.drop_mtp_layers()
 
 

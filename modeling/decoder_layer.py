@@ -17,7 +17,7 @@ from .feed_forward import DenseChannelMixer
 from .hyper_connections import HyperConnection
 from .layer_operator import decode_in_graph, know
 from .native_compressed import decode_compressed
-from .native_layer import decode_channels, decode_layer, remember_but_last
+from .native_step import decode_channels, decode_layer, remember_but_last
 from .normalization import FathomRMSNorm
 from .residual import ResidualConnection
 from .sparse_attention import DeepseekSparseAttention

@@ -12,6 +12,11 @@ columns that are padding in every row are cropped.
 The first steps do without drafts, to know what plain decoding costs here. Where steps with drafts take longer per
 token, there are no more of them. So with sampling a seed may give another text where a machine is busier.
 
+Logits processors and stopping criteria that are known to depend on the text alone (`draft_rules`) are called for all
+drafts at once. All others may remember what they were called with, as grammars and guidance do. They are called as in
+plain decoding: once per token that is kept, in order (`accept_in_turn`). Several rows keep different numbers of drafts,
+so that this is impossible; such calls are refused.
+
 What is counted is counted by Python: where texts end, which rows go on, which tokens are kept. A step of a small model
 takes less time than the tensor operations that this would be.
 
@@ -30,9 +35,10 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import FathomDynamicCache, cache_layer
+from .draft_rules import STATELESS_PROCESSORS, Stops, with_state
 from .fused import project
 
 PLAIN_STEPS = 5  # whose median is the cost of plain decoding; the first may be slow
@@ -142,30 +148,6 @@ class MainOutput(NamedTuple):
         return MainOutput(states, columns, positions, torch.cat(real, dim=1))
 
 
-class Stops:
-    """When a text ends. The lengths and tokens that end one are looked up, as tensors would cost more than a draft."""
-
-    def __init__(self, criteria: StoppingCriteriaList):
-        self.lengths = [each for each in criteria if type(each) is MaxLengthCriteria]
-        self.tokens = {
-            token
-            for each in criteria
-            if type(each) is EosTokenCriteria
-            for token in each.eos_token_id.flatten().tolist()
-        }
-        known = (MaxLengthCriteria, EosTokenCriteria)
-        self.others = StoppingCriteriaList(each for each in criteria if type(each) not in known)
-
-    def __call__(self, text: torch.Tensor, token: int) -> bool:
-        """Whether a text [1, T] ends with its last token."""
-        length = text.shape[1]
-        for each in self.lengths:
-            if each.max_position_embeddings is not None and length > each.max_position_embeddings:
-                each(text, None)  # it warns
-        ends = token in self.tokens or any(length >= each.max_length for each in self.lengths)
-        return ends or (bool(self.others) and bool(self.others(text, None).item()))
-
-
 class DraftDecoder:
     """One call of `generate`.
 
@@ -190,6 +172,7 @@ class DraftDecoder:
     ):
         self.model = model
         self.process = logits_processor
+        self.in_turn = bool(with_state(logits_processor, STATELESS_PROCESSORS))
         self.stops = Stops(stopping_criteria)
         self.samples = generation_config.do_sample
         self.depths = model.config.num_nextn_predict_layers
@@ -246,15 +229,14 @@ class DraftDecoder:
         wanted = embeds is None or (self.model.model.routes_by_id and first >= 0)
         ids = self.texts.gather(1, columns) if wanted else None
         prompt, logits = self.read(ids, columns, self.prompt_positions, self.prompt_real, 1, embeds)
-        tokens, _ = self.choose(self.scores(logits), columns[:, :0])
-        self.accept(tokens, [0] * len(tokens), streamer)
+        self.check(logits, columns[:, :0], streamer)
         # Of a prompt given by embeddings only the last token's successor is known.
         prompt = prompt.at(slice(None), slice(max(-1 - first, 0), None))
         if self.depths > 1:
             # The MTP layers read the last tokens again: before the first there are none.
             none = prompt.at(slice(None), [0] * (self.depths - 1))
             self.unread = [none._replace(real=torch.zeros_like(none.columns, dtype=torch.bool))]
-        self.draft(prompt, [prompt.columns.shape[1]] * len(tokens))
+        self.draft(prompt, [prompt.columns.shape[1]] * len(columns))
 
     def step(self, streamer) -> None:
         """Checks the drafts, accepts what agrees, and drafts again."""
@@ -265,9 +247,8 @@ class DraftDecoder:
         real = None if all(self.alive) else as_tensor([[alive] * (depths + 1) for alive in self.alive])
         ids = self.texts.gather(1, columns)
         output, logits = self.read(ids, columns, columns + self.offset, real, depths + 1)
-        tokens, kept = self.choose(self.scores(logits), ids[:, 1:])
         self.figures["drafted_tokens"] += sum(self.alive) * depths
-        self.accept(tokens, kept, streamer)
+        self.check(logits, ids[:, 1:], streamer)
         # The newest token is not in the cache; a row that has stopped before its last draft did not keep the others.
         gained = [now - then for now, then in zip(self.lengths, before, strict=True)]
         self.figures["accepted_tokens"] += sum(max(tokens - 1, 0) for tokens in gained)
@@ -317,6 +298,42 @@ class DraftDecoder:
         self.figures["forwards"] += 1
         (newest,) = project(outputs.last_hidden_state[:, -logits:], self.model.lm_head)
         return MainOutput(outputs.final_states, columns, positions, real), newest.float()
+
+    def check(self, logits: torch.Tensor, drafts: torch.Tensor, streamer) -> None:
+        """Accepts the drafts [B, K] as far as the main model's logits [B, K + 1, V] agree, and one token more."""
+        if self.in_turn:
+            self.accept_in_turn(logits, drafts, streamer)
+            return
+        tokens, kept = self.choose(self.scores(logits), drafts)
+        self.accept(tokens, kept, streamer)
+
+    def accept_in_turn(self, logits: torch.Tensor, drafts: torch.Tensor, streamer) -> None:
+        """As `check`, of one row: processors and criteria are called once for every token that is kept, in order."""
+        start = self.lengths[0]
+        for depth, draft in enumerate([*drafts[0].tolist(), None]):
+            end = self.lengths[0]
+            scores = self.process(self.texts[:, :end], logits[:, depth].clone())  # [1, V]
+            token = self.choose_one(scores[0], depth, draft)
+            self.texts[0, end] = token
+            self.lengths[0] = end + 1
+            self.alive[0] = not self.stops(self.texts[:, : end + 1], token)
+            if token != draft or not self.alive[0]:
+                break
+        if streamer is not None:
+            streamer.put(self.texts[0, start : self.lengths[0]].cpu())
+
+    def choose_one(self, scores: torch.Tensor, depth: int, draft: int | None) -> int:
+        """The next token by scores [V]: the draft of this depth where it agrees, None being none (see `choose`)."""
+        if not self.samples:
+            return int(scores.argmax())
+        p = scores.softmax(dim=-1)
+        if draft is None:
+            return int(p.multinomial(1))
+        q = self.draft_probabilities[depth][0]
+        if torch.rand((), device=p.device) * q[draft] < p[draft]:
+            return draft
+        rest = (p - q).clamp(min=0)
+        return int((rest if rest.any() else p).multinomial(1))
 
     def scores(self, logits: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Logits [B, T, V] after the processors, every one with the text before it, drafts included."""
@@ -408,7 +425,8 @@ class DraftDecoder:
             newest = guess.hidden_states
             newest = newest[:, last[0] : last[0] + 1] if alone else newest[rows, [[index] for index in last]]
             (logits,) = project(newest, self.model.lm_head)
-            scores = self.scores(logits.float(), first=depth - 1)[:, 0]
+            # A processor with a state may see no text that is not kept; drafts are good or bad guesses all the same.
+            scores = (logits.float() if self.in_turn else self.scores(logits.float(), first=depth - 1))[:, 0]
             draft = scores.argmax(dim=-1, keepdim=True)
             if self.samples:
                 self.draft_probabilities.append(scores.softmax(dim=-1))
@@ -417,19 +435,3 @@ class DraftDecoder:
         # Those that are read again, and behind them what is none of the row's.
         read_again = range(min(last) - self.depths + 2, count)
         self.drafts.forget([[column > end - self.depths + 1 for column in read_again] for end in last], ends)
-
-
-def check_draft_decoding(config, generation_config, cache: Cache | None, synced_gpus: bool) -> None:
-    """Raises ValueError for what draft decoding cannot do, with what can be done instead."""
-    if not config.num_nextn_predict_layers:
-        raise ValueError("use_mtp=True needs MTP layers: this model has num_nextn_predict_layers=0")
-    if not isinstance(cache, FathomDynamicCache):
-        raise ValueError(
-            "use_mtp=True needs a cache that can be cropped: leave cache_implementation and use_cache alone"
-        )
-    wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    for name in wanted:
-        if getattr(generation_config, name, None):
-            raise ValueError(f"{name}=True is not returned with use_mtp=True; generate without one of them")
-    if synced_gpus:
-        raise ValueError("use_mtp=True does not run with sharded parameters; gather them first, or generate without")

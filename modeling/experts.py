@@ -37,10 +37,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .feed_forward import FeedForward, gated_activation
 from .fused import FEW_TOKENS, PLAIN, SCORING_NUMBERS, SILU, kernels_for
+from .host import host_can_read
 from .memory import in_parts
 from .precision import KeepsFloat32Buffers, float32_linear
 from .products import fits_functions
 from .sorted_experts import SortedExperts, sort_slots
+from .unread_experts import mix_unread
 
 SCORING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -88,8 +90,9 @@ class ExpertRouter(KeepsFloat32Buffers):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [N, d] and their ids [N] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
         kernels = kernels_for(self.training, len(hidden_states), hidden_states, self.weight)
-        if kernels is not None:
-            return kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
+        routed = kernels and kernels.route(hidden_states, self.weight, *self.fused_choice(input_ids))
+        if routed is not None:
+            return routed
         # In bf16 near ties would be routed by rounding.
         logits = in_parts(partial(float32_linear, weight=self.weight), hidden_states)  # [N, E]
         scores = self.affinities(logits)
@@ -172,6 +175,7 @@ class HashRouter(ExpertRouter):
         self.seed = layer_idx
         self.tid2eid: torch.Tensor
         self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.top_k, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_check_table)
 
     def choose(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.tid2eid[input_ids]
@@ -179,6 +183,30 @@ class HashRouter(ExpertRouter):
     def fused_choice(self, input_ids: torch.Tensor | None) -> tuple:
         weighing = SCORING_NUMBERS[self.scoring_func], self.norm_topk_prob, self.routed_scaling_factor
         return (self.top_k, 1, 1, 1, *weighing), None, self.tid2eid, input_ids
+
+    @torch.no_grad()
+    def check_table(self, name: str = "") -> None:
+        """Makes a table that was loaded int64, which indices have to be.
+
+        Args:
+            name: the router's, for the message.
+
+        Raises:
+            ValueError: it does not hold the numbers of experts that there are.
+        """
+        table, what = self.tid2eid, f"{name}.tid2eid".lstrip(".")
+        if table.is_meta:
+            return
+        if table.is_floating_point() or table.is_complex() or table.dtype is torch.bool:
+            raise ValueError(f"{what} is {table.dtype}; it must hold the numbers of experts, as int64")
+        if table.shape[1:] != (self.top_k,):
+            raise ValueError(
+                f"{what} is {list(table.shape)}; a row must have num_experts_per_tok = {self.top_k} experts"
+            )
+        wrong = table[(table < 0) | (table >= self.num_experts)]
+        if len(wrong):
+            raise ValueError(f"{what} names expert {int(wrong[0])}; there are experts 0 to {self.num_experts - 1}")
+        self.tid2eid = table.to(torch.int64)
 
     @torch.no_grad()
     def reset_table(self) -> None:
@@ -191,6 +219,10 @@ class HashRouter(ExpertRouter):
         kept = min(vocab_size, len(self.tid2eid))
         table[:kept] = self.tid2eid[:kept]
         self.tid2eid = table
+
+
+def _check_table(router: HashRouter, _) -> None:
+    router.check_table()
 
 
 def balanced_table(vocab_size: int, top_k: int, num_experts: int, seed: int) -> torch.Tensor:
@@ -249,31 +281,34 @@ class RoutedExperts(nn.Module):
 def sorted_mm_experts_forward(
     experts: RoutedExperts, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way on a CPU.
+    """The same as `RoutedExperts.forward`, with the tokens of an expert side by side. The fast way everywhere.
 
-    Only there: the numbers of rows have to be known, which an accelerator would be waited for. Where experts have few
-    rows, grouped products cost less (`GROUPED_ROWS`), and single tokens are best read one by one.
+    On a CPU the numbers of rows are known. Where experts have few rows, grouped products cost less (`GROUPED_ROWS`),
+    and single tokens are best read one by one. An accelerator would be waited for: see `unread_experts`.
 
     A grouped product runs in the dtype of the weights, so autocast does not reach it; plain products do follow
     it. Whole parameters are cast and unbound: indexing them one by one would fill a gradient of all experts for
     each expert.
     """
-    device, slots = hidden_states.device.type, indices.numel()
+    device, slots, compiles = hidden_states.device.type, indices.numel(), torch.compiler.is_compiling()
     few = not torch.is_grad_enabled() and len(indices) <= FEW_TOKENS and device == "cpu"
-    if torch.compiler.is_compiling() and few and not experts._is_expert_parallel:
+    if compiles and few and not experts._is_expert_parallel:
         return _experts_in_one_loop(experts, hidden_states, indices, weights)
+    # A grouped product's rows have to fill whole 16 bytes.
+    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
-    if experts._is_expert_parallel or torch.compiler.is_compiling() or not slots or device != "cpu":
+    if device == "cpu" and whole and (experts._is_expert_parallel or compiles or not slots):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
+    if not host_can_read(hidden_states) or experts._is_expert_parallel or not slots:
+        return mix_unread(experts, hidden_states, indices, weights, _dtype_of_products(hidden_states))
     if isinstance(experts.act_fn, SILU):
         parameters = experts.gate_up_proj, experts.down_proj
         kernels = kernels_for(experts.training, len(hidden_states), hidden_states, *parameters, any_text=True)
-        if kernels is not None:
-            return kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
+        output = kernels and kernels.mix_experts(hidden_states, indices, weights, *parameters, experts.swiglu_limit)
+        if output is not None:
+            return output
     if not torch.is_grad_enabled() and 2 * slots <= experts.num_experts:
         return _experts_one_by_one(experts, hidden_states, indices, weights)
-    # Its rows have to fill whole 16 bytes.
-    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     if slots <= GROUPED_ROWS * experts.num_experts and whole and not torch.is_autocast_enabled(device):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
     differentiable_twice = torch.is_grad_enabled() and not experts.training
@@ -461,7 +496,7 @@ def count_tokens(indices: torch.Tensor, num_experts: int, token_mask: torch.Tens
     Padding, where `token_mask` [T] or [B, T] is not True, is left out.
     """
     chosen = indices.flatten(-2)
-    if token_mask is None and chosen.dim() == 1 and chosen.is_cpu and not torch.compiler.is_compiling():
+    if token_mask is None and chosen.dim() == 1 and host_can_read(chosen):
         return chosen.bincount(minlength=num_experts)
     if token_mask is None:
         tokens = torch.ones_like(chosen)

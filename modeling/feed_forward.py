@@ -49,8 +49,9 @@ class FeedForward(nn.Module):
         if self.is_swiglu and is_plain(self.gate_proj) and is_plain(self.up_proj) and is_plain(self.down_proj):
             weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
             kernels = kernels_for(self.training, x.shape[:-1].numel(), x, *weights, any_text=True)
-            if kernels is not None:
-                return kernels.mix_channels(x, *weights, self.swiglu_limit)
+            output = kernels and kernels.mix_channels(x, *weights, self.swiglu_limit)
+            if output is not None:
+                return output
         return in_parts(self._forward, x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:

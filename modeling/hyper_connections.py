@@ -56,10 +56,10 @@ class HyperConnection(nn.Module):
         """Streams [B, T, n, d] -> the sub-layer's input [B, T, d], and the mixing that `write` takes."""
         n = self.hc_mult
         kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, self.fn, self.base, self.scale)
-        if kernels is not None:
-            weights = self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.sinkhorn_iters
-            read, *mixing = kernels.read_streams(streams, *weights)
-            return read, StreamMixing(*mixing)
+        weights = self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.sinkhorn_iters
+        found = kernels and kernels.read_streams(streams, *weights)
+        if found is not None:
+            return found[0], StreamMixing(*found[1:])
         # Autocast would compute the weights in bf16; they steer every layer's residual, so they stay in fp32.
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.fn, self.norm_eps)  # [B, T, (2 + n) n]
@@ -74,8 +74,9 @@ class HyperConnection(nn.Module):
     def write(self, streams: torch.Tensor, output: torch.Tensor, mixing: StreamMixing) -> torch.Tensor:
         """Streams [B, T, n, d] and the sub-layer's output [B, T, d] -> streams [B, T, n, d]."""
         kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, output)
-        if kernels is not None:
-            return kernels.write_streams(streams, output, *mixing)
+        written = kernels and kernels.write_streams(streams, output, *mixing)
+        if written is not None:
+            return written
         return in_parts(_written, streams, output, *mixing, dim=1)
 
     @torch.no_grad()
@@ -115,8 +116,9 @@ class StreamCollapse(nn.Module):
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
         weights = self.hc_fn, self.hc_base, self.hc_scale
         kernels = kernels_for(self.training, streams.shape[:2].numel(), streams, *weights)
-        if kernels is not None:
-            return kernels.collapse_streams(streams, weights, self.norm_eps, self.hc_eps)
+        collapsed = kernels and kernels.collapse_streams(streams, weights, self.norm_eps, self.hc_eps)
+        if collapsed is not None:
+            return collapsed
         with torch.autocast(streams.device.type, enabled=False):
             logits = project_streams(streams, self.hc_fn, self.norm_eps)  # [B, T, n]
             shares = torch.sigmoid(logits * self.hc_scale.float() + self.hc_base.float()) + self.hc_eps

@@ -25,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .host import host_can_read
 from .precision import Float32Linear
 
 # Products of queries and keys held at a time, over all heads: 64 MiB.
@@ -113,6 +114,9 @@ def best_keys(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
     Returns:
         Indices [B, T, K] in any order, and which of them are hidden keys, bool [B, T, K]: of queries that see fewer.
     """
+    if not host_can_read(scores):
+        indices = best_of(scores, top_k).byte().topk(top_k, dim=-1, sorted=False).indices
+        return indices, scores.gather(-1, indices) == float("-inf")
     values, indices = scores.topk(top_k + 1, dim=-1)
     border, beyond = values[..., -2], values[..., -1]
     indices, hidden = indices[..., :-1], values[..., :-1] == float("-inf")
@@ -148,6 +152,7 @@ def indexer_report(
     attention: Callable[[torch.Tensor], torch.Tensor],
     dense: bool,
     measure: bool,
+    top_k: int,
 ) -> torch.Tensor:
     """Compares an indexer's scores with the attention of its layer.
 
@@ -157,6 +162,7 @@ def indexer_report(
         attention: attention weights summed over the heads, [B, T, S], for a mask of keys to attend to.
         dense: whether the layer attends to all visible keys, and not only to the selected ones.
         measure: also measure the choice.
+        top_k: how many keys are selected, where so many are visible.
 
     Returns:
         The figures of `REPORT` [F, B, T], or without `measure` the loss alone [1, B, T].
@@ -172,7 +178,6 @@ def indexer_report(
     chooses = seen > chosen
     rank_from_newest = visible.flip(-1).cumsum(-1).flip(-1)
     recent = visible & (rank_from_newest <= chosen.unsqueeze(-1))
-    top_k = int(chosen.max())
     true_choice = best_of(weights.masked_fill(~visible, -1.0), top_k) & visible
 
     def where_chosen(share: torch.Tensor) -> torch.Tensor:

@@ -62,9 +62,9 @@ class Int8Linear(KeepsFloat32Buffers):
         refuse_training(self)
         x = x.contiguous()
         kernels = kernels_for(self.training, x.numel() // self.in_features, x)
-        if kernels is None:
+        output = kernels and kernels.project_int8(x, self.weight, self.scale)
+        if output is None:
             return F.linear(x, restore_rows(self.weight, self.scale, x.dtype), self.bias)
-        output = kernels.project_int8(x, self.weight, self.scale)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:
@@ -87,8 +87,9 @@ class Int8GroupedLinear(KeepsFloat32Buffers):
         refuse_training(self)
         x = x.contiguous()
         kernels = kernels_for(self.training, x.shape[:2].numel(), x)
-        if kernels is not None:
-            return kernels.project_int8(x, self.weight, self.scale, self.groups)
+        output = kernels and kernels.project_int8(x, self.weight, self.scale, self.groups)
+        if output is not None:
+            return output
         weight = restore_rows(self.weight, self.scale, x.dtype)
         return torch.einsum("btgi,goi->btgo", x, weight.unflatten(0, (self.groups, -1)))
 
@@ -111,9 +112,10 @@ class Int8Experts(KeepsFloat32Buffers, RoutedExperts):
         refuse_training(self)
         if isinstance(self.act_fn, SILU):
             kernels = kernels_for(self.training, len(hidden_states), hidden_states)
-            if kernels is not None:
-                gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale)
-                return kernels.mix_int8(hidden_states, indices, weights, *gate_up, *down, self.swiglu_limit)
+            gate_up, down = (self.gate_up_proj, self.gate_up_proj_scale), (self.down_proj, self.down_proj_scale)
+            output = kernels and kernels.mix_int8(hidden_states, indices, weights, *gate_up, *down, self.swiglu_limit)
+            if output is not None:
+                return output
         used, indices = indices.unique(return_inverse=True)
         with torch.device("meta"):
             experts = RoutedExperts(self.config).eval()

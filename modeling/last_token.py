@@ -22,9 +22,7 @@ FEWEST_TOKENS = 64
 PER_TOKEN = ("input_ids", "token_mask", "places")
 
 
-def reads_last_alone(
-    model: nn.Module, hidden_states: torch.Tensor, cache: Cache | None, **inputs: Any
-) -> bool:
+def reads_last_alone(model: nn.Module, hidden_states: torch.Tensor, cache: Cache | None, **inputs: Any) -> bool:
     """Whether the last layer of a `FathomModel` can be spared all of a text's tokens but the last.
 
     Args:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .host import host_can_read
 from .indexing import REPORT
 from .products import matrix_product
 
@@ -146,8 +147,7 @@ def head_cross_entropy(
         num_items = (targets != IGNORED).sum().clamp(min=1)
     if isinstance(num_items, torch.Tensor):
         num_items = num_items.to(hidden_states.device)
-    if hidden_states.device.type == "cpu":
-        # Elsewhere the number of targets would have to be waited for.
+    if host_can_read(targets):
         seen = targets != IGNORED
         hidden_states, targets = hidden_states[seen], targets[seen]
     if not _is_plain(head):

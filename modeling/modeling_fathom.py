@@ -26,30 +26,27 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.generation.utils import GenerateNonBeamOutput
-from transformers.masking_utils import create_masks_for_generate
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import FathomAttention
-from .cache import adopt_cache
+from .cache import adopt_cache, empty_cache
 from .compressed_attention import GroupedLinear, SlidingWindowAttention
 from .compressed_cache import token_places
 from .compressor import Compressor
 from .configuration_fathom import FathomConfig
-from .continuous_batching import Row, SharedBatch
 from .conversion import OfficialCheckpoints
 from .decoder_layer import FathomDecoderLayer, LayerStatistics
-from .drafting import DraftDecoder, DraftDecodingOutput, check_draft_decoding
 from .experts import ExpertRouter, HashRouter, RoutedExperts, TopKRouter
 from .fused import project
+from .generation import FathomGenerationMixin
 from .hyper_connections import HyperConnection, StreamCollapse, split_streams
 from .idle_parameters import take_part
 from .indexing import TrainableIndexer
@@ -120,15 +117,20 @@ class FathomPreTrainedModel(OfficialCheckpoints):
                     module.requires_grad_(False)
 
     def copy_router_buffers(self) -> None:
-        """Lets go of the file that a model was loaded from in another dtype.
+        """Lets go of the file that a model was loaded from in another dtype, and looks at the tables that are from it.
 
         Weights are converted, but routing biases (fp32) and tables (int64) stay as they are, and as long as they are
         parts of the mapped file all of it stays in memory.
+
+        Raises:
+            ValueError: a table that names experts there are not.
         """
-        for module in self.modules():
+        for path, module in self.named_modules():
             if isinstance(module, ExpertRouter):
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.clone())
+            if isinstance(module, HashRouter):
+                module.check_table(path)
 
     # transformers decides both by searching the text of this file, for `@use_experts_implementation` and the call of
     # its attention interface; they stand in `experts` and `attention`.
@@ -141,16 +143,8 @@ class FathomPreTrainedModel(OfficialCheckpoints):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """By default products of sorted tokens on a CPU, and on an accelerator transformers' grouped product.
-
-        Where rows do not fill whole 16 bytes, which a grouped product needs, the loop over experts.
-        """
-        if requested_experts is None:
-            if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
-                requested_experts = "eager"
-            elif not torch.accelerator.is_available():
-                requested_experts = "sorted_mm"
-        return super().get_correct_experts_implementation(requested_experts)
+        """By default products of sorted tokens, on every device and for every width (`sorted_mm_experts_forward`)."""
+        return super().get_correct_experts_implementation(requested_experts or "sorted_mm")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -295,6 +289,7 @@ class FathomModel(FathomPreTrainedModel):
         shares_rope = config.position_embedding_type == "rope" and not config.compresses
         self.rotary_emb = FathomRotaryEmbedding(config) if shares_rope else None
         self.routes_by_id = config.uses("hash")
+        self.chooses_keys = config.uses("dsa")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -304,6 +299,7 @@ class FathomModel(FathomPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -323,7 +319,7 @@ class FathomModel(FathomPreTrainedModel):
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
                 unless a filled cache or an attention mask is given.
-            cache: cache of the tokens before these.
+            cache: cache of the tokens before these. Its old name `past_key_values` is deprecated, as in transformers.
             use_cache: return a cache; never in training.
             only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
                 alone (`last_token`), and the output has T = 1.
@@ -339,8 +335,7 @@ class FathomModel(FathomPreTrainedModel):
         layer_inputs = self.layer_inputs(inputs_embeds, attention_mask, position_ids, cache)
         # Made after the mask: transformers looks for packed documents only where there is no cache.
         if use_cache and cache is None and not self.training:
-            cache = DynamicCache(config=self.config)
-            adopt_cache(cache, self.config)
+            cache = empty_cache(self.config)
 
         hidden_states = self.embed_positions(inputs_embeds, layer_inputs.pop("position_ids"))
         del inputs_embeds  # of a long text, nothing else holds them
@@ -408,24 +403,32 @@ class FathomModel(FathomPreTrainedModel):
         # A mask made beforehand (for a static cache) is 4-D, and with flex attention no tensor.
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -length:].bool()
+        given_positions = position_ids
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0) + past
             if attention_mask is not None and token_mask is not None:
                 # Positions count from the first real token, so that a padded row is what it is alone; unless the mask
-                # is that of the new tokens alone. (A static cache's length is a tensor, which no branch may depend on.)
-                whole = torch.as_tensor(attention_mask.shape[1] - length == past, device=inputs_embeds.device)
+                # is that of the new tokens alone.
+                whole = attention_mask.shape[1] - length == past
                 counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
-                position_ids = torch.where(whole, counted, position_ids)
+                if isinstance(whole, torch.Tensor):
+                    # A static cache's length is a tensor, which no branch may depend on.
+                    position_ids = torch.where(whole, counted, position_ids)
+                elif whole:
+                    position_ids = counted
         shared = {"position_ids": position_ids, "token_mask": token_mask}
         if self.config.compresses:
             if attention_mask is not None and token_mask is None:
                 raise ValueError("swa, csa and hca layers take a 2-D attention_mask [batch, tokens], 1 for real tokens")
             last = cache.layers[0].last_places if cache is not None else None
             places = token_places(position_ids.expand(inputs_embeds.shape[:2]), token_mask, last)
-            return {**shared, "places": places, "rotations": {}}
-        visible = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+            return {**shared, "places": places, "rotations": {}, "padded": token_mask is not None}
+        visible = causal_mask(self.config, inputs_embeds, attention_mask, cache, given_positions)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if self.rotary_emb else None
+        if self.chooses_keys:
+            # A mask that was made beforehand need not be causal.
+            shared["mask_is_causal"] = attention_mask is None or token_mask is not None
         return {**shared, "position_embeddings": position_embeddings, "attention_mask": visible}
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -450,7 +453,7 @@ def stack_reports(outputs: list[LayerStatistics] | list[DraftOutput]) -> torch.T
     return torch.stack(reports) if reports else None
 
 
-class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
+class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
     """The language model: `FathomModel`, a head, and in training the MTP and balance losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -462,79 +465,10 @@ class FathomForCausalLM(FathomPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.learns_to_select = bool(config.indexer_loss_coef) and (config.uses("dsa") or config.uses("csa"))
-        self.shared_batch: SharedBatch | None = None
         self.post_init()
 
-    def share_batch(self, **limits: int) -> SharedBatch:
-        """Lets calls of `generate()` from several threads share forwards from now on, until `close()` of the result.
-
-        Args:
-            limits: of `SharedBatch`.
-        """
-        if self.shared_batch is not None:
-            self.shared_batch.close()
-        self.shared_batch = SharedBatch(self, **limits)
-        return self.shared_batch
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """As in transformers. The cache becomes ours before anything is asked of it."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("cache")
-        if cache is not None:
-            adopt_cache(cache, self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ) -> GenerateNonBeamOutput | torch.LongTensor:
-        """As in transformers; of a text that can share a batch, as one row of it (`continuous_batching`)."""
-        batch = self.shared_batch
-        how = (logits_processor, stopping_criteria, generation_config)
-        if batch is None or not batch.carries(input_ids, generation_config, synced_gpus, kwargs):
-            return super()._sample(input_ids, *how, synced_gpus=synced_gpus, streamer=streamer, **kwargs)
-        return batch.generate(Row(input_ids, kwargs["position_ids"], kwargs["cache"], *how), streamer)
-
-    def _assisted_decoding(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
-    ) -> DraftDecodingOutput | torch.Tensor:
-        """Drafts by the model's own MTP layers with `use_mtp` (`drafting`), else as in transformers."""
-        if not generation_config.use_mtp:
-            everything = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus)
-            return super()._assisted_decoding(*everything, **kwargs)
-        check_draft_decoding(self.config, generation_config, kwargs.get("cache"), synced_gpus)
-        prompt = ("cache", "position_ids", "attention_mask", "inputs_embeds")
-        decoder = DraftDecoder(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            **{name: kwargs[name] for name in prompt if kwargs.get(name) is not None},
-        )
-        output = decoder.run(kwargs.get("streamer"))
-        return output if generation_config.return_dict_in_generate else output.sequences
-
-    def _get_static_cache_init_shape(self) -> None:
-        """No shapes for transformers to fill a static cache with: layers start with their first tokens."""
-        return
-
-    def create_masks_for_generate(
-        self, config: FathomConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-    ) -> torch.Tensor | None:
-        """The mask that a step with a static cache gets: causal, or for places which of the new tokens are real."""
-        if config.compresses:
-            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
-
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

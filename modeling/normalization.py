@@ -62,8 +62,9 @@ class FathomRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.shape[:-1].numel()
         kernels = kernels_for(self.training, tokens, hidden_states, self.weight, any_text=True)
-        if kernels is not None:
-            return kernels.rms_norm(hidden_states, self.weight, self.eps)
+        normed = kernels and kernels.rms_norm(hidden_states, self.weight, self.eps)
+        if normed is not None:
+            return normed
         differentiable_twice = torch.is_grad_enabled() and not self.training
         # In graphs the number of tokens may not be asked for: it can depend on data.
         if hidden_states.is_cpu and fits_functions() and tokens >= FEWEST_TOKENS and not differentiable_twice:

@@ -6,6 +6,7 @@ DeepSeek's inference code for V4 comes with a config.json of other names, those 
 
 from typing import Any
 
+from .config_limits import check_numbers
 from .presets import UNSAID
 
 # V4's inference/config.json: our names for its names.
@@ -47,9 +48,11 @@ def read_official(config_dict: dict[str, Any]) -> dict[str, Any]:
     """
     if "n_layers" in config_dict and "compress_ratios" in config_dict:
         config_dict = _read_inference_config(config_dict)
-    unsaid = UNSAID.get(config_dict.get("model_type", ""))
+    model_type = config_dict.get("model_type")
+    unsaid = UNSAID.get(model_type) if isinstance(model_type, str) else None
     if unsaid is None:
         return config_dict
+    check_numbers(config_dict)
     said = {name: value for name, value in config_dict.items() if value is not None or name not in unsaid}
     # Kept, it would hide our own from transformers' search for a checkpoint layout.
     del said["model_type"]

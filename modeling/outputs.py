@@ -12,9 +12,13 @@ from transformers.modeling_outputs import ModelOutput
 
 
 class FathomOutput(ModelOutput):
-    """As in transformers, which lists all fields again for every one of them that is set."""
+    """transformers' output, set faster: transformers lists all fields of the class whenever one of them is set.
+
+    The cache's old names (`past_key_values`, `cache_params`) can be read and set, as in transformers.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = self._replace_old_cache_name(name)
         if value is not None and name in self.__dataclass_fields__:
             self[name] = value  # sets the attribute, too
         else:

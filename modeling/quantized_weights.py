@@ -10,7 +10,7 @@ DeepSeek-V3's inference/kernel.py). transformers reads these formats as well, bu
 as in every MLA layer of V3, are four blocks of 128 and one of 64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,7 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 PACKED = ("I8", "U8")
 QUANTIZED = ("F8_E4M3", *PACKED)
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale")
+SCALE_DTYPES = ("F32", "BF16", "F16", "F64", "F8_E8M0", "U8")
 
 
 def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,12 @@ def block_size(size: int, blocks: int) -> int:
 
     Block sizes are powers of two in every release, and then the size is known: for `blocks = ceil(size / b)` above 1,
     `size / blocks` lies above b / 2 and not above b. A single block may have any size.
+
+    Raises:
+        ValueError: there are no blocks, or more than rows.
     """
+    if not 0 < blocks <= max(size, 1):
+        raise ValueError(f"{blocks} scales cannot belong to {size} rows or columns")
     return 1 << (-(-size // blocks) - 1).bit_length()
 
 
@@ -63,11 +69,8 @@ class QuantizedSlice:
 
     def __init__(self, name: str, weight, scale):
         self.weight, self.scale = weight, scale
-        rows, columns = weight.get_shape()
-        self.shape = [rows, columns * 2 if weight.get_dtype() in PACKED else columns]
-        grid = scale.get_shape()
-        if len(grid) != 2 or any(-(-n // block_size(n, k)) != k for n, k in zip(self.shape, grid, strict=True)):
-            raise ValueError(f"{name} is {self.shape}; scales of shape {grid} do not divide it into equal blocks")
+        scales = scale.get_shape(), scale.get_dtype()
+        self.shape = shape_of_quantized(name, weight.get_shape(), weight.get_dtype(), *scales)
 
     def __getitem__(self, index) -> torch.Tensor:
         return dequantize(self.weight[...], self.scale[...])[index]
@@ -77,6 +80,33 @@ class QuantizedSlice:
 
     def get_dtype(self) -> str:
         return "F32"
+
+
+def shape_of_quantized(
+    name: str, shape: Sequence[int], dtype: str, scale_shape: Sequence[int], scale_dtype: str
+) -> list[int]:
+    """The shape in memory of a quantised weight.
+
+    Args:
+        name: of the weight, for messages.
+        shape, dtype: of the weight in its file; two FP4 numbers are in a byte.
+        scale_shape, scale_dtype: of its scales.
+
+    Raises:
+        ValueError: the scales are none of such a weight.
+    """
+    if len(shape) != 2:
+        raise ValueError(f"{name} is {dtype} {list(shape)}; only matrices can be stored so")
+    rows, columns = shape
+    numbers = [rows, columns * 2 if dtype in PACKED else columns]
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"the scales of {name} are {scale_dtype}; they must be one of {', '.join(SCALE_DTYPES)}")
+    fits = len(scale_shape) == 2
+    for size, blocks in zip(numbers, scale_shape, strict=False):
+        fits = fits and 0 < blocks <= size and -(-size // block_size(size, blocks)) == blocks
+    if not fits:
+        raise ValueError(f"{name} is {numbers}; scales of shape {list(scale_shape)} do not divide it into equal blocks")
+    return numbers
 
 
 def open_tensors(files: Iterable[str]) -> dict:

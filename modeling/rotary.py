@@ -10,6 +10,7 @@ DeepSeek's checkpoints pair neighbours (x0, x1), (x2, x3), ... ("interleaved"); 
 Shapes: B batch, T tokens, H heads, D rotary width.
 """
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -53,8 +54,9 @@ class FathomRotaryEmbedding(KeepsFloat32Buffers):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles of `position_ids` [B, T] -> cos, sin, each [B, T, D/2], in the dtype of `x`."""
         kernels = kernels_for(self.training, position_ids.numel(), x)
-        if kernels is not None and position_ids.dtype is torch.int64 and self.inv_freq.is_cpu and position_ids.is_cpu:
-            return kernels.angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
+        found = kernels and kernels.angles(position_ids, self.inv_freq, self.attention_scaling, x.dtype)
+        if found is not None:
+            return found
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device)  # [B, T, D/2]
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -96,7 +98,8 @@ def rotate_end(
     if kernels is not None:
         norm = {} if norm_eps is None else {"norm_width": x.shape[-1], "eps": norm_eps}
         turned = kernels.norm_rotate(x.transpose(1, 2), cos, sin, first=first, backwards=backwards, **norm)
-        return turned.transpose(1, 2)
+        if turned is not None:
+            return turned.transpose(1, 2)
     if norm_eps is not None:
         x = F.rms_norm(x.float(), x.shape[-1:], eps=norm_eps).to(x.dtype)
     still, turned = x.split([first, width], dim=-1)
@@ -121,3 +124,21 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.
     even = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float32)
     angles = position_ids[..., None].float() * 10000.0 ** (-even / hidden_size)  # [B, T, ceil(d/2)]
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :hidden_size]
+
+
+def window_rotary_config(config, compressed: bool):
+    """The configuration of one of V4's two rotary embeddings, in the form that transformers' rotary code reads.
+
+    Layers with a compressed past have a larger base, and YaRN; DeepSeek's code does not scale cosines and sines by
+    YaRN's attention factor, which transformers would derive if it were not said. Windows are short, and have neither.
+    """
+    view = copy.copy(config)
+    view.head_dim = config.qk_rope_head_dim
+    rope = config.rope_parameters
+    if compressed:
+        view.rope_parameters = {**rope, "rope_theta": config.compress_rope_theta}
+        if rope["rope_type"] == "yarn":
+            view.rope_parameters["attention_factor"] = 1.0
+    else:
+        view.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return view

@@ -30,7 +30,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention import MixerOutput, MultiHeadLatentAttention, eager_with_shared_key
-from .fused import is_plain, kernels_for, readable
+from .fused import is_plain, kernels_for
+from .host import host_can_read
 from .indexing import (
     TrainableIndexer,
     best_keys,
@@ -139,18 +140,18 @@ class LightningIndexer(TrainableIndexer):
         hidden_states = hidden_states.contiguous()
         weight = self.weights_proj.weight
         kernels = kernels_for(self.training, hidden_states.shape[:2].numel(), hidden_states, weight, most=most)
-        batch, queries, _ = hidden_states.shape
-        reads = readable(visible, batch, queries, keys.shape[1]) and keys.stride()[1:] == (self.head_dim, 1)
-        if kernels is None or not reads or not is_plain(self.weights_proj, Float32Linear):
+        if kernels is None or not is_plain(self.weights_proj, Float32Linear):
             return None
         query = self.queries(q_latent, position_embeddings).transpose(1, 2)
-        return Chosen(*kernels.choose_keys(query, keys, hidden_states, weight, visible, top_k))
+        choice = kernels.choose_keys(query, keys, hidden_states, weight, visible, top_k)
+        return choice and Chosen(*choice)
 
     def rotate(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Rotates the first P dimensions of [B, J, T, D], paired as halves."""
         kernels = kernels_for(self.training, x.shape[0] * x.shape[2], x.transpose(1, 2), *position_embeddings)
-        if kernels is not None:
-            return kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False).transpose(1, 2)
+        turned = kernels and kernels.norm_rotate(x.transpose(1, 2), *position_embeddings, interleaved=False)
+        if turned is not None:
+            return turned.transpose(1, 2)
         rotary, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((apply_rotary(rotary, *position_embeddings, interleaved=False), rest), dim=-1)
 
@@ -171,9 +172,15 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         attention_mask: torch.Tensor | None,
         cache: Cache | None = None,
         report_indexer: bool = False,
+        mask_is_causal: bool = False,
         **kwargs,
     ) -> MixerOutput:
-        """Mixes the tokens of hidden states [B, T, d]. With `report_indexer` the output has the indexer's report."""
+        """Mixes the tokens of hidden states [B, T, d].
+
+        Args:
+            report_indexer: whether the output is to have the indexer's report.
+            mask_is_causal: whether `attention_mask` is known to show no query a key behind its own.
+        """
         q_latent, latents = self.compress(hidden_states)
         query, latents = self.queries_and_latents(q_latent, latents, position_embeddings)
         reports = report_indexer and self.indexer.has_report()
@@ -196,7 +203,8 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         if selects and not reports and self.parts_pay(query):
             given = IndexerInputs(hidden_states, q_latent, index_keys, position_embeddings)
             choice, read = partial(self.choice, given), partial(self.read_part, query, latents, given)
-            output, weights = self.attend_in_parts(query, latents, attention_mask, choice, read, **kwargs)
+            parts = partial(visible_to_part, attention_mask, mask_is_causal, query.shape[2], latents)
+            output, weights = self.attend_in_parts(query, latents, parts, choice, read, **kwargs)
             return MixerOutput(self.o_proj(output), weights)
         if selects or reports:
             with torch.set_grad_enabled(learns):
@@ -230,7 +238,9 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         with torch.no_grad():
             keys, _ = self.expand(latents)
         attention = partial(head_summed_attention, query, keys, scaling=self.scaling)
-        return indexer_report(scores, visible, selected, attention, self.index_dense, not self.training)
+        return indexer_report(
+            scores, visible, selected, attention, self.index_dense, not self.training, self.index_topk
+        )
 
     def parts_pay(self, query: torch.Tensor) -> bool:
         """Whether a text is so long that it is read in parts. `eager` is the reference, and has all weights at once.
@@ -262,20 +272,21 @@ class DeepseekSparseAttention(MultiHeadLatentAttention):
         return self.fused_attention(query[:, :, part], latents, chosen.visible, chosen.indices, most=math.inf)
 
     def attend_in_parts(
-        self, query, latents, attention_mask, choice, read, **kwargs
+        self, query, latents, visible_to, choice, read, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Chooses and attends for some queries at a time, among the keys up to the last that they may see.
 
         So neither scores nor masks grow with the square of T. Returns [B, T, H * D_v] and None.
 
         Args:
+            visible_to: the keys that a part of the queries may see, see `visible_to_part`.
             choice, read: see `choice` and `read_part`; for a part of the queries and the keys that they see.
         """
         expanded = None
         outputs = []
         for start in range(0, query.shape[2], QUERIES_AT_ONCE):
             part = slice(start, min(start + QUERIES_AT_ONCE, query.shape[2]))
-            visible = visible_to_part(attention_mask, part, latents)
+            visible = visible_to(part)
             seen = visible.shape[-1]
             mask = visible.unsqueeze(1)
             if seen > self.index_topk:
@@ -392,11 +403,16 @@ def keep_best(scores: torch.Tensor, attention_mask: torch.Tensor | None, top_k: 
     return attention_mask.masked_fill(~best_of(scores + attention_mask, top_k), _hidden(attention_mask))
 
 
-def visible_to_part(attention_mask: torch.Tensor | None, part: slice, latents: torch.Tensor) -> torch.Tensor:
+def visible_to_part(
+    attention_mask: torch.Tensor | None, mask_is_causal: bool, queries: int, latents: torch.Tensor, part: slice
+) -> torch.Tensor:
     """The keys that a part of the queries may see, bool [B or 1, t, S'], without those beyond the last of them.
 
+    Where the host cannot read the mask (`host`), those beyond are known of a causal one alone.
+
     Args:
-        attention_mask: as in `keep_best`. part: of the queries. latents: all keys, [B, 1, S, R + P].
+        attention_mask: as in `keep_best`. mask_is_causal: see `DeepseekSparseAttention.forward`.
+        queries: their number T. latents: all keys, [B, 1, S, R + P]. part: of the queries.
     """
     if attention_mask is None:
         visible = torch.ones(part.stop - part.start, part.stop, dtype=torch.bool, device=latents.device)
@@ -404,6 +420,9 @@ def visible_to_part(attention_mask: torch.Tensor | None, part: slice, latents: t
     visible = attention_mask[:, 0, part]
     if visible.dtype != torch.bool:
         visible = visible > _hidden(visible)
+    if not host_can_read(visible):
+        keys = visible.shape[-1]
+        return visible[..., : keys - queries + part.stop] if mask_is_causal else visible
     seen = visible.any(dim=0).any(dim=0).nonzero()
     return visible[..., : int(seen[-1]) + 1 if len(seen) else 1]
 

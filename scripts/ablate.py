@@ -98,8 +98,8 @@ def prepare(options: AblateOptions, argv: Sequence[str]):
 
     from ..tokenizer.bpe import token_byte_lengths
     from ..training.ablation import SEQUENCE_LENGTH, Study
-    from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
+    from ..training.loading import load_tokenizer
     from ..training.packing import pack_documents
     from ..training.secrecy import public_words
 

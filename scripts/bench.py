@@ -69,8 +69,9 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from ..training.benchmark.measuring import Disagreement, Plan, run_benchmark, source_code_ids
-    from ..training.checkpoints import local_folder, staged_directory
+    from ..training.checkpoints import staged_directory
     from ..training.errors import UserError
+    from ..training.hub import local_folder
     from ..training.options import pairs, typed
     from ..training.secrecy import public
     from .results.files import files

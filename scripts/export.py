@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..training.checkpoints import local_folder
+from ..training.hub import local_folder
 from .arguments import parse
 from .cli import run
 

@@ -38,6 +38,12 @@ class GenerateOptions:
     draft: bool = field(default=False, metadata={"help": "Let the MTP layers draft: the same text in fewer steps."})
     int8: bool = field(default=False, metadata={"help": "Weights in int8: a quarter of fp32's bytes, half of bf16's."})
     seed: int | None = field(default=None, metadata={"help": "Makes sampling repeatable."})
+    allowed_special: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Control tokens that are meant where the prompt holds them ('<｜fim▁hole｜>' ...); others are text."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -69,9 +75,9 @@ def main(argv: Sequence[str]) -> int:
     if options.chat:
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
         messages = [*system, {"role": "user", "content": text}]
-        prompt = chat_prompt(loaded.tokenizer, messages, options.thinking)
+        prompt = chat_prompt(loaded.tokenizer, messages, options.thinking, options.allowed_special)
     else:
-        prompt = raw_prompt(loaded.tokenizer, text)
+        prompt = raw_prompt(loaded.tokenizer, text, options.allowed_special)
     if options.seed is not None:
         set_seed(options.seed)
 

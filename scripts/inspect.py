@@ -1,12 +1,12 @@
-"""`fathom inspect PATH`: what a checkpoint is, without loading it.
+"""`fathom inspect PATH`: what a checkpoint is, and whether it can be loaded.
 
     fathom inspect runs/sft                     a folder of ours, a checkpoint-N in it, transformers' or DeepSeek's own
     fathom inspect v3-671b --context 100000     a preset: no files needed
     fathom inspect deepseek-ai/DeepSeek-V3      on the Hub: headers only
     fathom inspect runs/sft --tensors --json    everything, for a program
 
-Ends with exit code 1 if something is wrong with the weights: truncated or missing files, tensors that the config does
-not expect, or that are not there.
+Ends with exit code 1 if something is wrong: truncated or missing files, tensors that the config does not expect or that
+are not there, numbers that are not finite, a tokenizer of another vocabulary, a chat template that cannot be used.
 """
 
 import shlex
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..training.errors import UserError
+from ..training.errors import UserError, one_line
 from .arguments import parse
 from .cli import run
 
@@ -115,9 +115,12 @@ def report(found: "Inspection") -> str:
         scales = f", scales {size(each.scale_bytes)}: {each.scales}" if each.scales else ""
         line = f"{each.format}: {each.tensors:,} tensors, {amount(each.numbers)} numbers, {size(each.bytes)}{scales}"
         rows.append(("stored" if n == 0 else "", line))
+    if found.tokenizer:
+        rows.append(("tokenizer", found.tokenizer))
     if found.files or found.problems:
-        rows.append(("files", f"{found.files}, {'NOT WHOLE:' if found.problems else 'whole'}"))
-        rows += [("", problem) for problem in found.problems]
+        whole = "whole" if found.values_read else "whole by headers; numbers are looked at on loading"
+        rows.append(("files", f"{found.files}, {'NOT WHOLE:' if found.problems else whole}"))
+        rows += [("", one_line(problem)) for problem in found.problems]
     return "\n".join(f"{title:<11} {text}" for title, text in rows)
 
 
@@ -135,7 +138,7 @@ def tensor_table(found: "Inspection") -> str:
 
 def next_command(found: "Inspection", with_tensors: bool) -> str:
     source = shlex.quote(found.source)
-    if found.files and not found.problems and found.model_type == "fathom":
+    if found.chats:
         return f"fathom chat {source}"
     return f"fathom inspect {source} {'--json' if with_tensors else '--tensors'}"
 

@@ -46,6 +46,12 @@ class PretrainOptions:
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens per row"})
     sample_prompt: str = field(default="def ", metadata={"help": "text to continue after each evaluation"})
+    allowed_special: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "control tokens that are meant where texts hold them ('<｜fim▁hole｜>' ...); others are text"
+        },
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,10 +65,11 @@ def main(argv: Sequence[str]) -> int:
 
 def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions, checkpoint: Path | None) -> int:
     """Everything between the options and the trained model; returns the exit code."""
+    from ..demo.generation import raw_prompt
     from ..modeling.modeling_fathom import FathomForCausalLM
     from ..tokenizer.bpe import token_byte_lengths, token_texts
-    from ..training.checkpoints import load_tokenizer
     from ..training.corpus import load_corpus
+    from ..training.loading import load_tokenizer
     from ..training.packing import collate_rows, pack_documents
     from ..training.resuming import refuse_another_config
     from ..training.run import continuation, run_training
@@ -75,6 +82,7 @@ def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions
             f"--stage {options.stage} is unknown{did_you_mean(options.stage, STAGES)}; use {', '.join(STAGES)}"
         )
     tokenizer = load_tokenizer(options.init or options.tokenizer)
+    prompt = raw_prompt(tokenizer, options.sample_prompt, options.allowed_special)
     model = None if options.init is None else begin_with(options, tokenizer)
     config = build_config(options, tokenizer) if model is None else model.config
     refuse_another_config(config, checkpoint)
@@ -82,13 +90,17 @@ def train(argv: Sequence[str], options: PretrainOptions, run_options: RunOptions
     arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
 
     with arguments.main_process_first(desc="packing"):
-        rows = {split: pack_documents(corpus[split], tokenizer, options.sequence_length) for split in corpus}
+        rows = {
+            split: pack_documents(
+                corpus[split], tokenizer, options.sequence_length, allowed_special=options.allowed_special
+            )
+            for split in corpus
+        }
     model = FathomForCausalLM(config) if model is None else model
     enter_stage(model, options.stage)
     if options.init is not None:
         # What the model could do, and its indexers could find, before this stage.
         arguments.eval_on_start = True
-    prompt = [tokenizer.bos_token_id, *tokenizer(options.sample_prompt, add_special_tokens=False)["input_ids"]]
     report = json.loads((Path(options.corpus) / "corpus.json").read_text(encoding="utf-8"))
     code = run_training(
         verb="pretrain",
@@ -149,11 +161,11 @@ def begin_with(options: PretrainOptions, tokenizer):
     Raises:
         UserError: it holds no whole model, or cannot become what is asked for.
     """
-    from ..modeling.configuration_fathom import FathomConfig
-    from ..training.checkpoints import check_checkpoint
+    from ..training.checkpoint_check import read_model_config
+    from ..training.checkpoint_files import check_checkpoint
     from ..training.stages import converted_fields, initial_model, stage_fields
 
-    config = FathomConfig.from_dict(check_checkpoint(Path(str(options.init))))
+    config = read_model_config(check_checkpoint(Path(str(options.init))), str(options.init))
     changes = converted_fields(config, options.generation or config.generation)
     model = initial_model(str(options.init), {**changes, **stage_fields(options.stage), **overrides(options)})
     check_context(options, model.config)

@@ -15,8 +15,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..training.checkpoints import check_checkpoint, hub_errors, load_model, load_tokenizer
-from ..training.errors import UserError
+from ..training.checkpoint_files import check_checkpoint
+from ..training.errors import UserError, reason
+from ..training.hub import hub_errors
+from ..training.loading import load_model, load_tokenizer
 from ..training.model_card import model_card
 from .arguments import parse
 from .cli import run
@@ -52,9 +54,15 @@ def main(argv: Sequence[str]) -> int:
 
     with tempfile.TemporaryDirectory() as name:
         upload = Path(name)
-        load_model(str(folder)).save_pretrained(upload)
-        load_tokenizer(str(folder)).save_pretrained(upload)
-        (upload / "README.md").write_text(model_card(folder, options.repo, options.license), encoding="utf-8")
+        model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+        try:
+            model.save_pretrained(upload)
+            tokenizer.save_pretrained(upload)
+            card = model_card(folder, options.repo, options.license)
+        except (AttributeError, TypeError, ValueError) as error:
+            # transformers refuses to write a generation_config.json that it reads; a card needs run.json as it was.
+            raise UserError(f"{folder} cannot be written again: {reason(error)}; mend or remove the file") from error
+        (upload / "README.md").write_text(card, encoding="utf-8")
         files = [file for file in upload.rglob("*") if file.is_file()]
         print(f"{len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
         url = _upload(upload, options)

@@ -24,10 +24,20 @@ class SftOptions:
     model: str = field(default="runs/pretrain", metadata={"help": "pretrained model: folder or Hub name"})
     data: str = field(
         default="docstrings",
-        metadata={"help": "docstrings (of the standard library), a chat-format .jsonl or .parquet, or a datasets name"},
+        metadata={
+            "help": "docstrings (of the standard library); a file of conversations: .jsonl .ndjson .json .csv .tsv "
+            ".parquet, also as .gz .bz2 .xz .zst; a folder that datasets saved (save_to_disk); a datasets name. Rows "
+            "have messages (with tools, and weight 0 for what is not learned), or the form of ShareGPT, Alpaca, or "
+            "prompt and completion"
+        },
     )
     out: str = field(default="runs/sft", metadata={"help": "folder for the model and its checkpoints"})
     sequence_length: int = field(default=256, metadata={"help": "longest conversation, in tokens"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leave out rows that are no conversations"})
+    allowed_special: list[str] = field(
+        default_factory=list,
+        metadata={"help": "control tokens that are meant where messages hold them ('<think>' ...); others are text"},
+    )
 
 
 @dataclass
@@ -65,6 +75,8 @@ def train(argv: Sequence[str], options: SftOptions, run_options: SftRunOptions, 
 
     out = Path(options.out)
     tokenizer = load_tokenizer(options.model)
+    skipped: list[str] | None = [] if options.skip_bad_rows else None
+    conversations = load_conversations(options.data, skipped)
     # In fp32 whatever the file holds: AdamW's small steps would be lost in bf16 weights.
     model = load_model(options.model, dtype="float32")
     refuse_another_config(model.config, checkpoint)
@@ -73,19 +85,21 @@ def train(argv: Sequence[str], options: SftOptions, run_options: SftRunOptions, 
             f"--sequence_length {options.sequence_length} is more than the model's context of "
             f"{model.config.max_position_embeddings} tokens"
         )
-    conversations = load_conversations(options.data)
     arguments = training_arguments(out, run_options, device_of_run(), checkpoint)
 
     with arguments.main_process_first(desc="tokenizing"):
         rows = {
-            split: encode_conversations(conversations[split], tokenizer, options.sequence_length)
+            split: encode_conversations(
+                conversations[split], tokenizer, options.sequence_length, options.allowed_special
+            )
             for split in ("train", "heldout")
         }
+    if skipped:
+        print(f"left out    {len(skipped):,} bad rows: {skipped[0]}{' ...' if skipped[1:] else ''}")
     for split, kept in rows.items():
         if left_out := len(conversations[split]) - len(kept):
             print(f"left out    {left_out:,} {split} conversations longer than {options.sequence_length} tokens")
-    question = conversations["heldout"][0]["messages"][:-1]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    question, prompt = sample_question(conversations["heldout"], tokenizer, options)
     parent = read_run(Path(options.model))
     code = run_training(
         verb="sft",
@@ -102,12 +116,33 @@ def train(argv: Sequence[str], options: SftOptions, run_options: SftRunOptions, 
         arguments=arguments,
         checkpoint=checkpoint,
         yardsticks={},
-        say=lambda model: f"{question[-1]['content']} -> {continuation(model, tokenizer, prompt, new_tokens=48)}",
+        say=lambda model: f"{question} -> {continuation(model, tokenizer, prompt, new_tokens=48)}",
         facts={"generation": model.config.generation, "data": options.data, "parent": parent},
     )
     if code == 0:
         print(f"written to {out}\n\nnext: fathom chat {out}")
     return code
+
+
+def sample_question(rows, tokenizer, options: SftOptions) -> tuple[str, list[int]]:
+    """The last question of the first held-out conversation that is short enough, and the prompt that asks it."""
+    from ..tokenizer import encode_chat
+    from ..training.chat_rows import conversation
+
+    for row in rows:
+        found = conversation(row)
+        *before, answer = found.messages
+        encoded = encode_chat(
+            tokenizer,
+            before,
+            found.tools,
+            allowed_special=options.allowed_special,
+            add_generation_prompt=True,
+            thinking=bool(answer.get("reasoning_content")),
+        )
+        if len(encoded.input_ids) <= options.sequence_length:
+            break
+    return before[-1]["content"], encoded.input_ids
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ..tokenizer import train_tokenizer
+from ..tokenizer import encode_text, train_tokenizer
 from ..training.checkpoints import staged_directory
 from ..training.corpus import load_corpus
 from ..training.errors import UserError
@@ -65,12 +65,10 @@ def _texts(rows: Dataset) -> Iterator[str]:
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, rows: Dataset) -> tuple[int, array]:
     """Size of the text in bytes and its ids, four bytes each."""
-    # The backend, because transformers warns of every document that is longer than the context.
-    encode = tokenizer.backend_tokenizer.encode
     size, ids = 0, array("I")
     for text in _texts(rows):
         size += len(text.encode())
-        ids.extend(encode(text, add_special_tokens=False).ids)
+        ids.extend(encode_text(tokenizer, text))
     return size, ids
 
 

@@ -20,9 +20,13 @@ LIBRARIES = ("torch", "transformers", "accelerate", "gradio", "gradio_client", "
 LIBRARIES += ("safetensors", "huggingface_hub")
 # Modules without a page in their library's documentation: every name of theirs counts as private.
 UNDOCUMENTED = ("transformers.cli.", "transformers.integrations.", "transformers.core_model_loading.")
-UNDOCUMENTED += ("transformers.conversion_mapping.", "transformers.utils.generic.", "transformers.utils.output_capturing.")
-# Methods of named tuples: private by their spelling alone.
-PUBLIC = {"_replace", "_asdict", "_fields"}
+UNDOCUMENTED += (
+    "transformers.conversion_mapping.",
+    "transformers.utils.generic.",
+    "transformers.utils.output_capturing.",
+)
+# Of Python's own: methods of named tuples, `os._exit`. Private by their spelling alone.
+PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}
 
 
 def is_private(name: str) -> bool:
@@ -57,11 +61,11 @@ def private_attributes(tree: ast.Module) -> Iterator[str]:
             yield node.attr
         elif isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            names = [each.value for each in node.args[:2] if isinstance(each, ast.Constant)]
             if called in ("getattr", "hasattr", "setattr", "delattr", "get"):
-                for argument in node.args[:2]:
-                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                        if is_private(argument.value) and argument.value.isidentifier():
-                            yield argument.value
+                yield from (
+                    name for name in names if isinstance(name, str) and is_private(name) and name.isidentifier()
+                )
 
 
 def own_attributes(tree: ast.Module) -> Iterator[str]:
@@ -74,8 +78,7 @@ def own_attributes(tree: ast.Module) -> Iterator[str]:
                 targets = member.targets if isinstance(member, ast.Assign) else [getattr(member, "target", None)]
                 yield from (each.id for each in targets if isinstance(each, ast.Name))
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr
+            yield from (node.attr for owner in [node.value] if isinstance(owner, ast.Name) and owner.id == "self")
 
 
 def overridden(path: str, tree: ast.Module) -> Iterator[str]:

@@ -11,12 +11,15 @@ Ids: control tokens (`special_tokens.py`), then the 256 bytes, then the merges i
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .pieces import pieces
+from .plain_text import control_tokens
 from .special_tokens import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, added_tokens
 
 PRE_TOKEN_SPLITS = (
@@ -33,6 +36,15 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 # A pair must occur twice to become a token: a merge that was seen once is a piece of one document.
 _MIN_FREQUENCY = 2
+
+# The trainer of `tokenizers` moves the rest of a word at every merge: time by the square of a word's length. What is
+# longer than any word (DNA, base64, a line of 1,000 dashes) is learned from in parts. The longest of the standard
+# library is 96.
+_LONGEST_WORD = 512  # characters
+# Words that long are all different, and the trainer needs 90 bytes for each of their characters. It learns from no more
+# than so many of them; of each further one it sees the first `_LONGEST_WORD` characters.
+_LONG_WORD_CHARACTERS = 1 << 22
+_LONG_WORD = re.compile(rf"[^\W\d_]{{{_LONGEST_WORD + 1},}}|[^\w\s]{{{_LONGEST_WORD + 1},}}")
 
 
 def chat_template() -> str:
@@ -80,9 +92,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
             f"vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE}: "
             f"{len(SPECIAL_TOKENS)} control tokens and 256 bytes"
         )
-    learner = _bare_tokenizer(models.BPE())
+    learner = _bare_tokenizer(models.BPE(), rf"[\s\S]{{{_LONGEST_WORD}}}")
     learner.train_from_iterator(
-        map(check_text, texts),
+        _learned_from(texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=_MIN_FREQUENCY,
@@ -121,33 +133,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Bytes of UTF-8 text that each id stands for, 0 for control tokens: the denominator of bits per byte.
 
-    Over the ids of a text without control tokens the lengths add up to `len(text.encode())`, even where a token is
-    part of a character.
+    Over the ids of a text without control tokens (`encode_text`) the lengths add up to `len(text.encode())`, even where
+    a token is part of a character.
     """
-    control = set(tokenizer.added_tokens_decoder)
     # In a byte-level vocabulary each character of a token is one byte.
-    return [
-        0 if token_id in control else len(token)
-        for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    ]
+    lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    for token_id, token in tokenizer.added_tokens_decoder.items():  # a user's own words, as they are written
+        lengths[token_id] = len(token.content.encode())
+    for token_id in control_tokens(tokenizer).values():
+        lengths[token_id] = 0
+    return lengths
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """The bytes of UTF-8 text that each id stands for, none for control tokens: `token_byte_lengths` of them."""
-    control = set(tokenizer.added_tokens_decoder)
     # GPT-2's alphabet: a byte that prints is its own character, the others follow from U+0100 on in order.
     prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in prints]
     byte_of = {chr(byte): byte for byte in prints} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
+    added |= dict.fromkeys(control_tokens(tokenizer).values(), b"")
     return [
-        b"" if token_id in control else bytes(byte_of[character] for character in token)
+        added[token_id] if token_id in added else bytes(byte_of[character] for character in token)
         for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     ]
 
 
-def _bare_tokenizer(model: models.BPE) -> Tokenizer:
+def _learned_from(texts: Iterable[str]) -> Iterator[str]:
+    left = _LONG_WORD_CHARACTERS
+
+    def shortened(word: re.Match[str]) -> str:
+        nonlocal left
+        kept = word[0][: max(_LONGEST_WORD, left)]
+        left -= len(kept)
+        return kept
+
+    for text in texts:
+        for piece in pieces(check_text(text)):
+            yield _LONG_WORD.sub(shortened, piece)
+
+
+def _bare_tokenizer(model: models.BPE, *further_splits: str) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PRE_TOKEN_SPLITS]
+    patterns = (*PRE_TOKEN_SPLITS, *further_splits)
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -11,62 +11,61 @@ docstrings, must not have been read in pretraining.
 Compression by gzip and xz is the yardstick for a model's bits per byte: both are measured on the held-out text.
 """
 
-import glob
 import hashlib
 import json
 import lzma
 import platform
-import re
-import sysconfig
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetGenerationError
 
+from ..tokenizer.pieces import pieces
 from .checkpoints import staged_directory
 from .errors import UserError
+from .row_files import LINE_KINDS, ROW_KINDS, BadRow, missing_column, read_rows, unit_of
 from .secrecy import public
+from .sources import Found, TextFile, resolve
+from .text_files import DAMAGED, LONGEST_DOCUMENT, document_parts, encoding_of, kind_of, shown, text_of, why
 
 HELDOUT_FRACTION = 0.05
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".parquet")
-SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
 
 # Chosen once among many: modules differ in size a hundredfold, and under this salt the held-out ones are many, widely
 # known and of even size, 6-7 % of the bytes and about 8 % of the questions of the standard library of CPython 3.10 to
 # 3.13. Another salt is another split, so figures would no longer compare.
 _SPLIT_SALT = "fathom-179"
 
-# Tests are no library. The build's configuration (_sysconfigdata*, config-*) differs from machine to machine.
-_STDLIB_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_STDLIB_SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
-
 # large_string: a batch of documents may hold more than the 2 GiB that 32-bit offsets reach.
 _FEATURES = Features({"text": Value("large_string"), "name": Value("string")})
 _SPLIT_FILES = {"train": "train.parquet", "heldout": "heldout.parquet"}
 _REPORT = "corpus.json"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
+_BYTES_AT_ONCE = 1 << 24  # of text that waits to be written
+_SHORTEST_CUT = 1000  # bytes: a line of less is not cut in two to hold its end out
+_NAMED = 100  # files that the report names
 
-@dataclass(frozen=True)
-class TextFile:
-    """A file to read: where it is, what to call it in the corpus, and its top-level module if it has one."""
-
-    path: Path
-    name: str
-    module: str | None = None
+# In a folder these are more often settings or measurements than text: one without it is left out, and named.
+_TABLES_OF_ALL_KINDS = (".json", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What `build_corpus` did; `corpus.json` holds the same fields. Sizes are bytes of UTF-8 text."""
+    """What `build_corpus` did; `corpus.json` holds the same fields. Sizes are bytes of UTF-8 text.
+
+    Attributes:
+        encodings: files by codec, of those that are not UTF-8.
+        undecoded: files that are binary or in no encoding that is sure; the first hundred names.
+        unread: folders that could not be opened, and tables (.json, .csv, .tsv) in a folder that hold no text, each
+            with the reason.
+        links: links that lead out of a folder of the sources and were not followed.
+    """
 
     sources: list[str]
     files: int
@@ -80,6 +79,10 @@ class CorpusReport:
     gzip_bits_per_byte: float
     xz_bits_per_byte: float
     python: str
+    encodings: dict[str, int] = field(default_factory=dict)
+    undecoded: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    links: int = 0
 
     @property
     def bytes(self) -> int:
@@ -95,26 +98,6 @@ def heldout(key: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def stdlib_files() -> list[TextFile]:
-    """The sources of the running interpreter's standard library, without tests and without installed packages.
-
-    `module` is the public face of a file: `_pydatetime.py` belongs to `datetime`, whose docstrings it holds.
-
-    Raises:
-        UserError: this interpreter came without sources.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if _STDLIB_SKIPPED_FOLDERS.isdisjoint(parts) and not parts[0].startswith(_STDLIB_SKIPPED_PREFIXES):
-            module = parts[0].removesuffix(".py").removeprefix("_py").lstrip("_")
-            files.append(TextFile(path, "/".join(("stdlib", *parts)), module))
-    if not files:
-        raise UserError(f"this Python has no standard library sources in {root}; give --sources a folder of text")
-    return files
-
-
 def build_corpus(
     sources: Sequence[str],
     out: Path,
@@ -125,15 +108,16 @@ def build_corpus(
     """Reads the sources, drops duplicates, splits, and writes `train.parquet`, `heldout.parquet`, `corpus.json`.
 
     Nothing is written to `out` before all of it is complete, so an older corpus there survives a failure. Documents
-    pass one at a time through a memory-mapped file, so the corpus need not fit into memory.
+    pass one at a time through a memory-mapped file, so the corpus need not fit into memory; of a file of text, however
+    long its lines are, no more than a document is held.
 
     Args:
-        sources: each one `stdlib`, a file, a folder, a glob, or a `datasets` name `owner/name[:config]`, of which
-            the split `train` is read.
+        sources: each one `stdlib`, a file, a folder, a glob, a folder that `datasets` saved, or a `datasets` name
+            `owner/name[:config]`; of several splits `train` is read. `sources.READ` lists the kinds of files.
         out: folder to write, made if missing.
         heldout_fraction: share of the documents to hold out, above 0, at most 0.25. The standard library never
             holds out less than `HELDOUT_FRACTION` of its modules: see the top of this file.
-        text_column: where the text is in .jsonl, .parquet and `datasets` rows.
+        text_column: where the text is in rows.
         max_bytes: stop after the document that reaches this size.
 
     Raises:
@@ -143,16 +127,18 @@ def build_corpus(
         raise UserError(f"heldout_fraction is {heldout_fraction}; it must be above 0 and at most 0.25")
     if max_bytes is not None and max_bytes <= 0:
         raise UserError(f"max_bytes is {max_bytes}; it must be above 0")
-    files, tables = _resolve(sources, out)
+    _check_name(out)
+    found = resolve(sources, out)
 
-    duplicates = skipped = size = 0
+    reading = _Reading()
+    duplicates = skipped = size = waiting = 0
     seen: set[bytes] = set()
     sizes: list[int] = []
     is_heldout: list[bool] = []
     with staged_directory(out) as staging, tempfile.TemporaryDirectory(dir=staging) as scratch:
         arrow = str(Path(scratch, "documents.arrow"))
         with ArrowWriter(path=arrow, features=_FEATURES) as writer:
-            for name, module, text in _documents(files, tables, text_column):
+            for name, module, text in _documents(found, text_column, reading):
                 data = _encoded(text)
                 if data is None:
                     skipped += 1
@@ -164,6 +150,10 @@ def build_corpus(
                 seen.add(digest)
                 writer.write({"text": text, "name": name})
                 sizes.append(len(data))
+                waiting += len(data)
+                if waiting >= _BYTES_AT_ONCE:
+                    writer.write_examples_on_file()
+                    waiting = 0
                 is_heldout.append(
                     heldout(module, max(heldout_fraction, HELDOUT_FRACTION))
                     if module
@@ -174,14 +164,16 @@ def build_corpus(
                     break
             writer.finalize()
         if not sizes:
+            named = f": {', '.join(reading.undecoded[:3])}; save text as UTF-8" if reading.undecoded else ""
             raise UserError(
-                f"no text in {' '.join(sources)}: all {skipped} documents of {len(files)} files are binary or empty"
+                f"no text in {' '.join(map(shown, sources))}: all {skipped} documents of {len(found.files)} files are "
+                f"binary or empty{named}"
             )
         splits, rule = _split(Dataset.from_file(arrow), sizes, is_heldout, heldout_fraction)
-        heldout_bytes, gzip_bits, xz_bits = _compressed(splits["heldout"]["text"])
+        heldout_bytes, gzip_bits, xz_bits = _compressed(row["text"] for row in splits["heldout"])
         report = CorpusReport(
-            sources=public(sources),
-            files=len(files),
+            sources=public([shown(source) for source in sources]),
+            files=len(found.files) - len(reading.unread),
             train_documents=len(splits["train"]),
             train_bytes=size - heldout_bytes,
             heldout_documents=len(splits["heldout"]),
@@ -192,6 +184,10 @@ def build_corpus(
             gzip_bits_per_byte=gzip_bits,
             xz_bits_per_byte=xz_bits,
             python=platform.python_version(),
+            encodings=reading.encodings,
+            undecoded=reading.undecoded[:_NAMED],
+            unread=[*found.unreadable, *reading.unread][:_NAMED],
+            links=found.links,
         )
         for split, rows in splits.items():
             rows.to_parquet(str(staging / _SPLIT_FILES[split]))
@@ -206,6 +202,7 @@ def load_corpus(path: str | Path) -> DatasetDict:
         UserError: no corpus there, or one whose files are broken or do not belong together.
     """
     folder = Path(path)
+    _check_name(folder)
     for file in (*_SPLIT_FILES.values(), _REPORT):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is no corpus, it has no {file}; make one with: fathom corpus --out {folder}")
@@ -223,158 +220,102 @@ def load_corpus(path: str | Path) -> DatasetDict:
     return data
 
 
-def _resolve(sources: Sequence[str], out: Path) -> tuple[list[TextFile], list[tuple[str, IterableDataset]]]:
-    """Turns the sources into files and opened `datasets`, so that a wrong name fails before anything is read."""
-    if not sources:
-        raise UserError("no sources; give --sources stdlib, a folder, a file, a glob or a datasets name")
-    files: list[TextFile] = []
-    tables: list[tuple[str, IterableDataset]] = []
-    for source in sources:
-        path = Path(source)
-        if source == "stdlib":
-            found = stdlib_files()
-        elif path.is_dir():
-            found = _folder_files(path, out)
-        elif path.is_file():
-            if path.suffix.lower() not in SUFFIXES:
-                raise UserError(f"{source} ends in {path.suffix or 'nothing'}; a corpus reads {' '.join(SUFFIXES)}")
-            found = [TextFile(path, _name(path))]
-        elif glob.has_magic(source):
-            matches = (Path(match) for match in sorted(glob.glob(source, recursive=True)))
-            found = [TextFile(match, _name(match)) for match in matches if _is_readable(match)]
-        elif is_dataset_name(source):
-            tables.append((source, open_dataset(source, split="train", streaming=True)))
-            continue
-        else:
-            raise UserError(f"source {source} is no file, folder or glob, and no datasets name (owner/name)")
-        if not found:
-            raise UserError(f"source {source} has no files that end in {' '.join(SUFFIXES)}")
-        files += found
-    return files, tables
-
-
-def _is_readable(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def _name(path: Path) -> str:
-    # Names travel with the corpus; where the user's home is does not.
-    return path.name if path.is_absolute() else path.as_posix()
-
-
-def _folder_files(root: Path, out: Path) -> list[TextFile]:
-    files = []
-    label = root.resolve().name
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root)
-        # A corpus that is written below its own source must not be read as source the next time.
-        if _is_readable(path) and not any(part.startswith(".") for part in inside.parts) and not _is_below(path, out):
-            files.append(TextFile(path, f"{label}/{inside.as_posix()}"))
-    return files
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def is_dataset_name(source: str) -> bool:
-    """Whether `source` has the form `owner/name[:config]`; the name of a file does not."""
-    return _HUB_NAME.fullmatch(source) is not None and not source.endswith(SUFFIXES)
-
-
-def open_dataset(name: str, **options: Any) -> Any:
-    """`datasets.load_dataset` for `owner/name[:config]`, with one-line errors.
-
-    Raises:
-        UserError: it cannot be found, reached or read, with the first line of the reason.
-    """
-    repo, _, config = name.partition(":")
+def _check_name(folder: Path) -> None:
     try:
-        return load_dataset(repo, config or None, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # not found, offline and Hub errors are OSErrors
-        raise UserError(f"{name} is no file or folder here, and no dataset opens: {_first_line(error)}") from error
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the name of {shown(folder)} is not UTF-8, which pyarrow opens no other of; rename it"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@dataclass
+class _Reading:
+    """What is counted while documents are read."""
+
+    encodings: dict[str, int] = field(default_factory=dict)
+    undecoded: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
-def _documents(
-    files: Iterable[TextFile], tables: Iterable[tuple[str, IterableDataset]], column: str
-) -> Iterator[tuple[str, str | None, str | None]]:
-    """Yields (name, top-level module, text); text is None for what is binary or missing."""
-    for file in files:
-        try:
-            if file.path.suffix.lower() in ROW_SUFFIXES:
-                rows = json_rows(file.path) if file.path.suffix.lower() == ".jsonl" else parquet_rows(file.path)
-                for number, row in rows:
-                    name = f"{file.name}:{number}"
-                    yield name, None, None if row is None else _text_of(row, column, name)
-            else:
-                yield file.name, file.module, _decoded(file.path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
-    for source, table in tables:
+def _documents(found: Found, column: str, reading: _Reading) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yields (name, top-level module, text); text is None for what is binary, undecodable or missing.
+
+    A text of more than `LONGEST_DOCUMENT` characters comes in parts, each a document.
+    """
+    for file in found.files:
+        for name, text in _documents_of(file, column, reading):
+            yield name, file.module, text
+    for source, table in found.tables:
         try:
             for number, row in enumerate(table, 1):
                 name = f"{source}:{number}"
-                yield name, None, _text_of(row, column, name)
-        except OSError as error:
-            raise UserError(f"cannot read the dataset {source}: {_first_line(error)}") from error
+                whole = _text_of(row, column, name)
+                for part, text in _parts(name, pieces(whole, LONGEST_DOCUMENT) if whole else [whole]):
+                    yield part, None, text
+        except DAMAGED as error:
+            raise UserError(f"cannot read the dataset {source}: {why(error)}") from error
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields (line number from 1, object) of a .jsonl file without its blank lines; None for an undecodable line.
+def _documents_of(file: TextFile, column: str, reading: _Reading) -> Iterator[tuple[str, str | None]]:
+    kind = kind_of(file.path)
+    encoding = None if kind == ".parquet" else encoding_of(file.path)
+    if encoding not in (None, "utf-8", "utf-8-sig"):
+        reading.encodings[encoding] = reading.encodings.get(encoding, 0) + 1
+    if encoding is None and kind not in (*LINE_KINDS, ".parquet"):
+        reading.undecoded.append(file.name)
+        yield file.name, None
+    elif kind in ROW_KINDS:
+        rows = _row_documents(file, encoding, column, reading)
+        if kind in _TABLES_OF_ALL_KINDS and not file.is_named:
+            try:
+                first = next(rows, None)
+            except UserError as error:
+                reading.unread.append(str(error).replace(shown(file.path), file.name))
+                return
+            rows = chain([] if first is None else [first], rows)
+        yield from rows
+    else:
+        yield from _parts(file.name, document_parts(text_of(file.path, encoding)))  # type: ignore[arg-type]
 
-    Raises:
-        UserError: a line that is no JSON object.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            text = _decoded(line)
-            if text is None:
-                yield number, None
-            elif text.strip():
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    raise UserError(f"{path} line {number} is no JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise UserError(f"{path} line {number} is a {type(row).__name__}; each line must be a JSON object")
-                yield number, row
+
+def _row_documents(
+    file: TextFile, encoding: str | None, column: str, reading: _Reading
+) -> Iterator[tuple[str, str | None]]:
+    decoded = undecodable = 0
+    for number, row in read_rows(file.path, encoding, column):
+        name = f"{file.name}:{number}"
+        text = None
+        if isinstance(row, BadRow) and row.undecodable:
+            undecodable += 1
+        elif isinstance(row, BadRow):
+            raise UserError(f"{shown(file.path)} {unit_of(file.path)} {number} {row.problem}")
+        else:
+            decoded += 1
+            text = _text_of(row, column, name)
+        del row
+        yield from _parts(name, pieces(text, LONGEST_DOCUMENT) if text else [text])
+    if undecodable and not decoded:
+        reading.undecoded.append(file.name)
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, row) of a .parquet file.
-
-    Raises:
-        UserError: no parquet file.
-    """
-    try:
-        with pq.ParquetFile(path) as table:
-            batches = table.iter_batches(batch_size=1000)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except ValueError as error:  # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is no parquet file: {_first_line(error)}") from error
+def _parts(name: str, texts: Iterable[str | None]) -> Iterator[tuple[str, str | None]]:
+    """(name, text) of each part of a document; a document that is one part keeps its name."""
+    number, waiting = 0, None
+    for text in texts:
+        if number:
+            yield f"{name} (part {number})", waiting
+        number, waiting = number + 1, text
+    yield (f"{name} (part {number})" if number > 1 else name), waiting
 
 
 def _text_of(row: dict[str, Any], column: str, where: str) -> str | None:
     if column not in row:
-        raise UserError(f"{where} has no {column!r}, only {', '.join(map(repr, row))}; choose with --text_column")
+        raise UserError(f"{where} {missing_column(column, row)}")
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: {column!r} is a {type(text).__name__}, not text; choose with --text_column")
     return text
-
-
-def _decoded(data: bytes) -> str | None:
-    """UTF-8 text without its byte order mark, newlines as they are; None for binary data."""
-    if b"\0" in data:  # valid UTF-8, but no text: what git, too, takes as the mark of a binary file
-        return None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
 
 
 def _encoded(text: str | None) -> bytes | None:
@@ -390,7 +331,8 @@ def _encoded(text: str | None) -> bytes | None:
 def _split(documents: Dataset, sizes: list[int], is_heldout: list[bool], fraction: float) -> tuple[DatasetDict, str]:
     """Splits by the documents' own keys; where too few documents leave that one-sided, holds out a part of one.
 
-    That is the end of the longest document, or, where it has no lines to cut at, a whole one of middling size.
+    That is the end of the longest document, or, where that has no line's end near, a whole one of middling size. The
+    only document is then cut within its line.
     """
 
     def chosen(wanted: bool) -> Dataset:
@@ -403,7 +345,12 @@ def _split(documents: Dataset, sizes: list[int], is_heldout: list[bool], fractio
 
     by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
     longest = documents[by_size[-1]]
-    cut = longest["text"].rfind("\n", 0, int(len(longest["text"]) * (1 - fraction))) + 1
+    most = int(len(longest["text"]) * (1 - fraction))
+    cut = longest["text"].rfind("\n", most // 2, most) + 1
+    if not cut and len(sizes) == 1:
+        is_long, half = sizes[0] >= _SHORTEST_CUT, most // 2
+        in_line = half + len(next(pieces(longest["text"][half:], most - half)))
+        cut = in_line if is_long else longest["text"].rfind("\n", 0, most) + 1
     head, tail = longest["text"][:cut], longest["text"][cut:]
     if head.strip() and tail.strip():
         others = documents.select(sorted(by_size[:-1]))
@@ -413,8 +360,8 @@ def _split(documents: Dataset, sizes: list[int], is_heldout: list[bool], fractio
         return DatasetDict(train=concatenate_datasets([others, start]), heldout=end), rule
     if len(sizes) == 1:
         raise UserError(
-            f"nothing can be held out: {longest['name']}, {sizes[0]} bytes, is the only document and has no line's end "
-            f"in its first {1 - fraction:.0%}; give more text"
+            f"nothing can be held out: {longest['name']}, {sizes[0]} bytes, is the only document, has no line's end "
+            f"to be cut at and less than {_SHORTEST_CUT} bytes; give more text"
         )
     middle = by_size[(len(sizes) - 1) // 2]
     is_heldout = [at == middle for at in range(len(sizes))]

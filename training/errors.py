@@ -3,12 +3,17 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_CHARACTERS = 1000  # of a message
+
 
 class UserError(Exception):
     """The input is wrong, as opposed to Fathom. The message names the value, the limit and the mend, in one line.
 
     Verbs turn it into exit code 2.
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class DivergedError(Exception):
@@ -27,6 +32,23 @@ class SignalError(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
         self.note = ""
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, and cut to a length that can be read.
+
+    Names in messages come from files, which may hold anything.
+    """
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[: 2 * MOST_CHARACTERS].split()))
+    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[: MOST_CHARACTERS - 4]} ..."
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as the end of a message: its first line, or all where that only leads to the others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines) if lines and lines[0].endswith(":") else next(iter(lines), "")
+    speaks = said and isinstance(error, ValueError | OSError)
+    return said if speaks or said.startswith("Validation error") else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

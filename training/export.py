@@ -19,25 +19,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.conversion import name_in_memory, name_on_disk
 from ..modeling.modeling_fathom import FathomForCausalLM
-from ..modeling.presets import UNSAID
 from ..modeling.quantized_weights import QuantizedSlice, open_tensors
-from .checkpoints import (
-    CONFIG,
-    MODEL_TYPE,
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    check_checkpoint,
-    staged_directory,
-    weight_files,
-)
-from .errors import UserError, did_you_mean
+from .checkpoint_check import GENERATION_CONFIG, check_values, damaged, whole_model
+from .checkpoint_files import CONFIG, WEIGHTS, WEIGHTS_INDEX, read_json, weight_files
+from .checkpoints import staged_directory
+from .errors import UserError, did_you_mean, reason
 from .native_config import DIALECTS, native_config
 
 # What lies beside the weights and is the same for everyone.
@@ -47,7 +39,7 @@ COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 # Tensors that a folder may have beyond the model's: copies in MTP layers, and buffers that old code saved.
 _BEYOND = re.compile(r"layers\.\d+\.(embed_tokens|shared_head\.head)\.|rotary_emb\.inv_freq$")
@@ -79,17 +71,14 @@ def export_checkpoint(source: Path, target: Path, to: str, max_shard_size: str =
     source, target = Path(source), Path(target)
     if to not in DIALECTS:
         raise UserError(f"cannot export to {to!r}{did_you_mean(to, DIALECTS)}; known: {', '.join(DIALECTS)}")
-    check_checkpoint(source, (MODEL_TYPE, *UNSAID))
+    config = whole_model(source).config
     if target.absolute() == source.absolute():
         raise UserError(f"{target} is the checkpoint itself; choose another folder to export to")
     try:
-        config = FathomConfig.from_pretrained(source)
         tensors = open_tensors(map(str, weight_files(source)))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of safetensors, about files that passed all checks
+        raise UserError(f"{source} cannot be read: {reason(error)}") from error
     tensors = {name_in_memory(name, config): tensor for name, tensor in tensors.items()}
-    if not any(f"layers.{config.num_hidden_layers}." in name for name in tensors):
-        config.drop_mtp_layers()
     content = native_config(config, to)
     tensors = _in_order(source, config, tensors)
     if to == "deepseek" and not config.compresses:
@@ -100,10 +89,11 @@ def export_checkpoint(source: Path, target: Path, to: str, max_shard_size: str =
             tensors[f"model.layers.{layer}.shared_head.head.weight"] = head
 
     with staged_directory(target) as staging:
-        files = _write_weights(staging, tensors, _dtype(config), max_shard_size)
+        files = _write_weights(staging, tensors, config, max_shard_size, source)
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
+        _drop_lengths(staging / GENERATION_CONFIG)
         (staging / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     written = [target / name for name in files]
     return Exported(
@@ -130,12 +120,6 @@ def _in_order(source: Path, config: FathomConfig, tensors: dict[str, Any]) -> di
                 f"{source} does not fit its {CONFIG}: it {what} {len(names)} tensors, first {min(names)}; "
                 f"load it with FathomForCausalLM.from_pretrained, and save it again, to see more"
             )
-    for name, tensor in expected.items():
-        if list(found[name].get_shape()) != list(tensor.shape):
-            raise UserError(
-                f"{source} does not fit its {CONFIG}: {name} is {list(found[name].get_shape())}, "
-                f"should be {list(tensor.shape)}"
-            )
     return {name: found[name] for name in expected}
 
 
@@ -145,8 +129,24 @@ def _dtype(config: FathomConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _write_weights(folder: Path, tensors: dict[str, Any], dtype: torch.dtype, max_shard_size: str) -> list[str]:
-    """Writes the weight files and their index, and returns the names of the files."""
+def _drop_lengths(file: Path) -> None:
+    """Takes the length of texts out of a generation_config.json: vLLM would take it as a limit for a whole server."""
+    if file.is_file():
+        content = read_json(file)
+        kept = {name: value for name, value in content.items() if name not in ("max_new_tokens", "max_length")}
+        if kept != content:
+            file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    folder: Path, tensors: dict[str, Any], config: FathomConfig, max_shard_size: str, source: Path
+) -> list[str]:
+    """Writes the weight files and their index, and returns the names of the files.
+
+    Raises:
+        UserError: `max_shard_size` is no size, or the weights are damaged.
+    """
+    dtype = _dtype(config)
 
     def stored_as(tensor) -> torch.dtype:
         return dtype if isinstance(tensor, QuantizedSlice) else tensor[:0].dtype
@@ -162,6 +162,10 @@ def _write_weights(folder: Path, tensors: dict[str, Any], dtype: torch.dtype, ma
     for file, names in split.filename_to_tensors.items():
         # Copies, because the copies of embedding and head may not share memory with these.
         shard = {name: tensors[name][...].to(plan[name].dtype, copy=True) for name in names}
+        try:
+            check_values(shard.items(), config.n_routed_experts)
+        except ValueError as error:
+            raise UserError(damaged(source, error)) from error
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

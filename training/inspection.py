@@ -1,9 +1,11 @@
-"""What a checkpoint is, from its config, its index and the headers of its weight files; no tensor is read.
+"""What a checkpoint is, from its config, its index and the headers of its weight files.
 
     config.json            generation, kinds of layers, cache bytes
       -> meta device       parameters, expected tensors; a model without memory
     safetensors headers    names, shapes, dtypes and bytes of what is stored, held against the expected tensors
+    values                 of weights up to 4 GB: whether they are finite
 
+What is wrong with a folder is found by `checkpoint_check`, as by whatever loads it: a folder without problems loads.
 `inspect_checkpoint` takes a folder (Fathom's, transformers' or DeepSeek's own), a Hub id, of which only the headers are
 fetched, or the name of a preset, which has no files.
 """
@@ -15,29 +17,37 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-from ..modeling import modeling_fathom
 from ..modeling.cache_size import cache_numbers, multi_head_cache_numbers, released_cache_bytes_per_token
 from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.modeling_fathom import FathomForCausalLM, FathomPreTrainedModel
-from ..modeling.presets import GENERATIONS, OFFICIAL, UNSAID
-from .checkpoints import (
-    CONFIG,
-    MODEL_TYPE,
-    WEIGHTS_INDEX,
-    hub_errors,
-    is_hub_id,
-    read_config,
-    read_header,
-    weight_files,
+from ..modeling.presets import GENERATIONS, OFFICIAL
+from ..modeling.quantized_weights import block_size
+from .chat_templates import render_chat
+from .checkpoint_check import (
+    Checked,
+    Contents,
+    check_model,
+    check_values,
+    folder_contents,
+    generation_problems,
+    on_meta,
+    read_model_config,
+    stored_values,
 )
-from .errors import UserError, did_you_mean
-from .tensor_layout import StoredTensor, compare, expected_shapes, is_packed, pattern_of
+from .checkpoint_files import CONFIG, MODEL_TYPE, read_config
+from .errors import UserError, did_you_mean, reason
+from .hub import hub_errors, is_hub_id
+from .loading import load_tokenizer
+from .tensor_layout import StoredTensor, expected_shapes, is_packed, pattern_of
 
+VALUES_READ = 4_000_000_000  # bytes of weights of which every number is looked at; they are read in seconds
+PRESET = "preset"  # in place of a model_type
+GREETING = [{"role": "user", "content": "Hello"}]
+NO_TOKENIZER = "none beside the weights: chat and generate need one"
 ADAMW_BYTES = 16  # fp32 weight, gradient and two moments
 _FORMATS = {
     "F64": "fp64",
@@ -132,18 +142,19 @@ class Inspection:
     tensors: list[TensorGroup]
     files: int
     problems: list[str]
+    tokenizer: str = ""  # "" where there is no folder
+    values_read: bool = False  # whether every number was looked at
+
+    is_language_model: bool = True
+
+    @property
+    def chats(self) -> bool:
+        """Whether `fathom chat` loads it."""
+        whole = bool(self.files) and not self.problems
+        return whole and self.model_type == MODEL_TYPE and self.is_language_model and self.tokenizer != NO_TOKENIZER
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
-
-
-class _Contents(NamedTuple):
-    """What lies on disk or on the Hub."""
-
-    config: dict[str, Any]
-    tensors: list[StoredTensor]
-    files: int
-    problems: list[str]
 
 
 def inspect_checkpoint(source: str, context: int | None = None) -> Inspection:
@@ -159,20 +170,31 @@ def inspect_checkpoint(source: str, context: int | None = None) -> Inspection:
     """
     if context is not None and context < 1:
         raise UserError(f"--context {context} must be at least 1 token")
-    preset = None if Path(source).expanduser().exists() else _preset(source)
+    try:
+        preset = None if Path(source).expanduser().exists() else _preset(source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{source!r} is no path of a folder: {reason(error)}") from error
     if preset is not None:
-        model = _on_meta(FathomForCausalLM, preset)
+        model = on_meta(FathomForCausalLM, preset, source)
         tensors = [
             StoredTensor(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in expected_shapes(model).items()
         ]
-        return _describe(source, model, "preset", "bfloat16", context, _Contents({}, tensors, 0, []))
+        return _describe(source, Checked(model, None, []), PRESET, context, Contents({}, tensors, [], []))
 
-    contents = _from_hub(source) if is_hub_id(source) else _from_folder(Path(source).expanduser())
-    config, name = _read(contents.config, source), str((contents.config.get("architectures") or [""])[0])
-    # A classifier or a bare model of ours; every other class is a language model of the same generation.
-    kind = getattr(modeling_fathom, name) if name in modeling_fathom.__all__ else FathomForCausalLM
-    dtype = str(contents.config.get("dtype") or contents.config.get("torch_dtype") or _common_dtype(contents.tensors))
-    return _describe(source, _on_meta(kind, config), str(contents.config["model_type"]), dtype, context, contents)
+    tokenizer = ""
+    problems: list[str] = []
+    if on_hub := is_hub_id(source):
+        contents = _from_hub(source)
+    else:
+        contents, tokenizer, problems = _from_folder(Path(source).expanduser())
+    checked = check_model(contents, source)
+    problems = [*checked.problems, *problems]
+    values_read = False
+    if not on_hub and not problems and contents.files:
+        values_read, problems = _values(contents, checked.model)
+    found = _describe(source, checked, str(contents.config["model_type"]), context, contents)
+    found.problems, found.tokenizer, found.values_read = problems, tokenizer, values_read
+    return found
 
 
 def layer_runs(config: FathomConfig, layers: Iterable[int]) -> list[LayerRun]:
@@ -214,29 +236,24 @@ def _preset(name: str) -> FathomConfig | None:
     return None
 
 
-def _from_folder(folder: Path) -> _Contents:
-    config = read_config(folder)
+def _from_folder(folder: Path) -> tuple[Contents, str, list[str]]:
+    """What lies in a folder, what its tokenizer is, and what is wrong beyond names and shapes of the weights."""
+    contents = folder_contents(folder)
+    config = read_model_config(contents.config, str(folder))
+    problems = generation_problems(folder, config)
+    if not (folder / "tokenizer.json").is_file():
+        return contents, NO_TOKENIZER, problems
     try:
-        files = weight_files(folder)
+        tokenizer = load_tokenizer(str(folder))
+        if tokenizer.chat_template is not None:
+            render_chat(tokenizer, GREETING, add_generation_prompt=True)
     except UserError as error:
-        return _Contents(config, [], 0, [str(error)])
-    tensors, problems = [], []
-    for file, listed in sorted(files.items()):
-        if not file.is_file():
-            problems.append(f"{file.name} is missing, with {len(listed):,} tensors of {WEIGHTS_INDEX}")
-            continue
-        try:
-            header = read_header(file)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if absent := sorted(listed - header.keys()):
-            problems.append(f"{file.name} lacks {len(absent):,} of its tensors in {WEIGHTS_INDEX}, first {absent[0]}")
-        tensors += [StoredTensor.from_header(name, entry) for name, entry in header.items()]
-    return _Contents(config, tensors, len(files), problems)
+        return contents, "", [*problems, str(error)]
+    chat = "chat template" if tokenizer.chat_template is not None else "no chat template: it continues text"
+    return contents, f"{len(tokenizer):,} tokens, {chat}", problems
 
 
-def _from_hub(repo_id: str) -> _Contents:
+def _from_hub(repo_id: str) -> Contents:
     from huggingface_hub import HfApi, hf_hub_download
 
     with hub_errors(repo_id):
@@ -250,24 +267,18 @@ def _from_hub(repo_id: str) -> _Contents:
         for file in files.values()
         for name, info in file.tensors.items()
     ]
-    return _Contents(config, tensors, len(files), [])
+    return Contents(config, tensors, list(files), [])
 
 
-def _read(config: dict[str, Any], source: str) -> FathomConfig:
-    model_type = config.get("model_type")
-    if model_type not in (MODEL_TYPE, *UNSAID):
-        known = ", ".join((MODEL_TYPE, *UNSAID))
-        raise UserError(f"{source} is a checkpoint of model_type {model_type!r}; Fathom knows {known}")
+def _values(contents: Contents, model: FathomPreTrainedModel) -> tuple[bool, list[str]]:
+    """Whether every number was looked at, and what is wrong with them."""
+    if sum(tensor.nbytes for tensor in contents.tensors) > VALUES_READ:
+        return False, []
     try:
-        return FathomConfig.from_dict(config)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{CONFIG} of {source} describes no model that can be built: {reason}") from error
-
-
-def _on_meta(kind: type[FathomPreTrainedModel], config: FathomConfig) -> FathomPreTrainedModel:
-    with torch.device("meta"):
-        return kind(config)
+        check_values(stored_values(contents.files, model), model.config.n_routed_experts)
+    except Exception as error:  # of a library, about files that passed all checks
+        return True, [reason(error)]
+    return True, []
 
 
 def _common_dtype(tensors: list[StoredTensor]) -> str:
@@ -279,17 +290,12 @@ def _common_dtype(tensors: list[StoredTensor]) -> str:
     )
 
 
-def _describe(
-    source: str,
-    model: FathomPreTrainedModel,
-    model_type: str,
-    dtype: str,
-    context: int | None,
-    contents: _Contents,
-) -> Inspection:
+def _describe(source: str, checked: Checked, model_type: str, context: int | None, contents: Contents) -> Inspection:
+    model, layout, problems = checked
     config = model.config
+    stored = contents.config.get("dtype") or contents.config.get("torch_dtype")
+    dtype = "bfloat16" if model_type == PRESET else str(stored or _common_dtype(contents.tensors))
     main, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
-    layout = compare(contents.tensors, model) if contents.tensors else None
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     routed = config.uses("moe") or config.uses("hash")
@@ -322,8 +328,9 @@ def _describe(
         ),
         formats=_formats(layout.weights, layout.scales) if layout and contents.files else [],
         tensors=_groups(contents.tensors),
-        files=contents.files,
-        problems=contents.problems + (layout.problems if layout else []),
+        files=len(contents.files),
+        problems=problems,
+        is_language_model=isinstance(model, FathomForCausalLM),
     )
 
 
@@ -371,9 +378,7 @@ def _formats(weights: list[StoredTensor], scales: dict[str, StoredTensor]) -> li
 def _blocks(weight: StoredTensor, scale: StoredTensor) -> str:
     """How many numbers share a scale, e.g. `one fp32 per 128 x 128`; sides are powers of two, the last may be short."""
     sides = [
-        1 << math.ceil(math.log2(size / blocks))
-        for size, blocks in zip(weight.shape, scale.shape, strict=False)
-        if size and blocks
+        block_size(size, blocks) for size, blocks in zip(weight.shape, scale.shape, strict=False) if 0 < blocks <= size
     ]
     return f"one {_FORMATS.get(scale.dtype, scale.dtype)} per {' x '.join(map(str, sides))}"
 
@@ -381,7 +386,7 @@ def _blocks(weight: StoredTensor, scale: StoredTensor) -> str:
 def _groups(tensors: list[StoredTensor]) -> list[TensorGroup]:
     """Tensors grouped by what only differs in a number, in the order of their first appearance by layer."""
     groups: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
-    for tensor in sorted(tensors, key=lambda each: [int(n) for n in re.findall(r"\d+", each.name)][:1]):
+    for tensor in sorted(tensors, key=lambda each: [int(n) for n in re.findall(r"\d{1,9}", each.name)][:1]):
         count = groups.setdefault((pattern_of(tensor.name), tensor.shape, tensor.dtype), [0, 0])
         count[0] += 1
         count[1] += tensor.nbytes

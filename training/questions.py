@@ -22,8 +22,12 @@ from datasets import Dataset, DatasetDict
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..tokenizer import chat_template, check_text
-from .corpus import HELDOUT_FRACTION, heldout, is_dataset_name, json_rows, open_dataset, parquet_rows, stdlib_files
+from .chat_rows import conversation, up_to_last_answer
+from .corpus import HELDOUT_FRACTION, heldout
 from .errors import UserError
+from .row_files import ROW_KINDS, BadRow, is_saved_dataset, open_saved_dataset, read_rows, unit_of
+from .sources import is_dataset_name, open_dataset, stdlib_files
+from .text_files import COMPRESSIONS, kind_of, shown
 
 MIN_ANSWER, MAX_ANSWER = 20, 300  # characters
 _MAX_CALL = 72  # characters of `name(arguments)` in a question
@@ -52,7 +56,6 @@ _WORDINGS = {
 
 _SIGNATURE = re.compile(r"[\w.]+\(.*\)( *(->|=).*)?")
 _HELDOUT_SPLITS = ("heldout", "test", "validation")
-_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls")
 
 
 def docstring_conversations() -> DatasetDict:
@@ -81,17 +84,19 @@ def docstring_conversations() -> DatasetDict:
     return DatasetDict(train=Dataset.from_list(train), heldout=Dataset.from_list(rest))
 
 
-def load_conversations(source: str = "docstrings") -> DatasetDict:
+def load_conversations(source: str = "docstrings", skipped: list[str] | None = None) -> DatasetDict:
     """Loads conversations and checks every one of them against the chat template.
 
     Args:
-        source: `docstrings`, a .jsonl or .parquet file of rows `{"messages": [{"role": ..., "content": ...}, ...]}`,
-            or a `datasets` name `owner/name[:config]` with such a column. Other columns are not read. Messages may
-            carry `reasoning_content` and `tool_calls`.
+        source: `docstrings`, a file of rows (`row_files.ROW_KINDS`, also compressed), a folder that `datasets` saved,
+            or a `datasets` name `owner/name[:config]`. `chat_rows` says which forms a row may have; other columns than
+            those and `tools` are not read. Messages may carry `reasoning_content`, `tool_calls` and `weight`.
+        skipped: where to write what is wrong with bad rows, which are then left out; None: a bad row is an error.
 
     Returns:
-        Splits `train` and `heldout`, columns `messages` and `source`. A dataset's own test or validation split is
-        held out; without one, `HELDOUT_FRACTION` of the conversations is, by hash of their content.
+        Splits `train` and `heldout`, columns `messages` and `source`, and `tools` (JSON text) where a row has some. A
+        dataset's own test or validation split is held out; without one, `HELDOUT_FRACTION` of the conversations is, by
+        hash of their content.
 
     Raises:
         UserError: no such source, or a row that is no conversation, with its place and what is wrong.
@@ -99,68 +104,70 @@ def load_conversations(source: str = "docstrings") -> DatasetDict:
     if source == "docstrings":
         return docstring_conversations()
     path = Path(source)
-    if path.is_file() and path.suffix.lower() == ".jsonl":
-        return _split(_checked(json_rows(path), source, "line"))
-    if path.is_file() and path.suffix.lower() == ".parquet":
-        return _split(_checked(parquet_rows(path), source, "row"))
-    if path.exists():
-        raise UserError(f"{source} is no .jsonl or .parquet file of conversations")
-    if not is_dataset_name(source):
+    if path.is_file() and kind_of(path) in ROW_KINDS:
+        return _split(_checked(read_rows(path), shown(source), unit_of(path), skipped))
+    if path.is_dir() and is_saved_dataset(path):
+        splits = open_saved_dataset(path)
+    elif path.exists():
         raise UserError(
-            f"no conversations in {source}: no such file; give docstrings, a .jsonl, a .parquet or owner/name"
+            f"{shown(source)} is no file of conversations ({' '.join(ROW_KINDS)}, also {' '.join(COMPRESSIONS)}) "
+            "and no folder that datasets saved"
         )
-
-    splits = open_dataset(source)
+    elif is_dataset_name(source):
+        splits = open_dataset(source)
+    else:
+        raise UserError(
+            f"no conversations in {shown(source)}: no such file; give docstrings, a .jsonl, a .parquet or owner/name"
+        )
+    if isinstance(splits, Dataset):
+        return _split(_checked(enumerate(splits, 1), shown(source), "row", skipped))
     if "train" not in splits:
-        raise UserError(f"the dataset {source} has no split train, only {', '.join(splits)}")
+        raise UserError(f"the dataset {shown(source)} has no split train, only {', '.join(splits)}")
     own = next((name for name in _HELDOUT_SPLITS if name in splits), None)
-    train = _checked(enumerate(splits["train"], 1), f"{source} train", "row")
+    train = _checked(enumerate(splits["train"], 1), f"{shown(source)} train", "row", skipped)
     if own is None:
         return _split(train)
-    rest = _checked(enumerate(splits[own], 1), f"{source} {own}", "row")
-    return DatasetDict(train=Dataset.from_list(train), heldout=Dataset.from_list(rest))
+    rest = _checked(enumerate(splits[own], 1), f"{shown(source)} {own}", "row", skipped)
+    return DatasetDict(train=_dataset(train), heldout=_dataset(rest))
 
 
-def _checked(rows: Iterable[tuple[int, dict[str, Any] | None]], where: str, unit: str) -> list[dict[str, Any]]:
-    """Takes the messages out of the rows; what the chat template would refuse is refused here, with its place."""
+def _checked(
+    rows: Iterable[tuple[int, dict[str, Any] | BadRow]], where: str, unit: str, skipped: list[str] | None
+) -> list[dict[str, Any]]:
+    """The conversations in the rows; what the chat template would refuse is refused here, with its place."""
     template = chat_template()
     checked = []
     for number, row in rows:
         place = f"{where} {unit} {number}"
-        if row is None:
-            raise UserError(f"{place} is no UTF-8 text")
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise UserError(f"{place} has no 'messages', a list of {{'role': ..., 'content': ...}} objects")
-        messages = [_plain(message) for message in messages]
-        if not any(message.get("role") == "assistant" for message in messages):
-            raise UserError(f"{place} has no assistant message, so there is nothing to learn from it")
         try:
-            (text,), _ = render_jinja_template([messages], chat_template=template)
-            check_text(text)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{place}: {error}") from error
-        checked.append({"messages": messages, "source": place})
+            checked.append({**_conversation(row, template), "source": place})
+        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            problem = f"{place} {reason}" if reason.startswith(("is ", "has ", "cannot ")) else f"{place}: {reason}"
+            if skipped is None:
+                raise UserError(f"{problem}; mend it, or leave out what is wrong with --skip_bad_rows") from error
+            skipped.append(problem)
     if not checked:
-        raise UserError(f"{where} holds no conversations")
+        raise UserError(f"{where} holds no conversations" + (f"; the first row: {skipped[0]}" if skipped else ""))
     return checked
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of the keys the template reads; arguments as JSON text, as Arrow would give all calls the same keys."""
-    plain = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-    if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_plain_call(call) for call in plain["tool_calls"]]
-    return plain
+def _conversation(row: dict[str, Any] | BadRow, template: str) -> dict[str, Any]:
+    if isinstance(row, BadRow):
+        raise ValueError(row.problem)
+    found = conversation(row)
+    # All of it is checked, also what is not learned.
+    (text,), _ = render_jinja_template([found.messages], tools=found.tools or None, chat_template=template)
+    check_text(text)
+    tools = {"tools": json.dumps(found.tools, ensure_ascii=False)} if found.tools else {}
+    return {"messages": up_to_last_answer(found.messages), **tools}
 
 
-def _plain_call(call: Any) -> Any:
-    function = call.get("function") or call if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments") or {}
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"type": "function", "function": {"name": function.get("name"), "arguments": text}}
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """As JSON text: Arrow would give all tools the fields of all others."""
+    if any("tools" in row for row in rows):
+        rows = [{"messages": row["messages"], "source": row["source"], "tools": row.get("tools", "")} for row in rows]
+    return Dataset.from_list(rows)
 
 
 def _split(rows: list[dict[str, Any]]) -> DatasetDict:
@@ -170,7 +177,7 @@ def _split(rows: list[dict[str, Any]]) -> DatasetDict:
     out = [heldout(digest, HELDOUT_FRACTION) for digest in digests]
     if not any(out) or all(out):  # few conversations: one of them, whichever the hash says
         out = [digest == min(digests) for digest in digests]
-    whole = Dataset.from_list(rows)
+    whole = _dataset(rows)
     return DatasetDict(
         train=whole.select([at for at, held in enumerate(out) if not held]),
         heldout=whole.select([at for at, held in enumerate(out) if held]),

@@ -129,7 +129,11 @@ def continuation(model, tokenizer: PreTrainedTokenizerFast, ids: list[int], new_
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Defaults that a small model answers sensibly with; stored beside the weights."""
+    """What DeepSeek's releases store beside the weights: control tokens and sampling that a small model bears.
+
+    No length: stored, it would hold for every caller, also for one that says `max_length` (lm-evaluation-harness) and
+    for a whole server (vLLM). `fathom generate`, `chat` and `serve` have defaults of their own.
+    """
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -137,7 +141,6 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
         do_sample=True,
         temperature=0.3,
         top_p=0.95,
-        max_new_tokens=256,
     )
 
 

@@ -15,8 +15,8 @@ from ..modeling.configuration_fathom import FathomConfig
 from ..modeling.indexing import TrainableIndexer
 from ..modeling.modeling_fathom import FathomForCausalLM
 from ..modeling.presets import GENERATIONS
-from .checkpoints import load_model
 from .errors import UserError
+from .loading import load_model
 
 STAGES = ("sparse", "dense", "warmup")
 

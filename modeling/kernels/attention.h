@@ -103,16 +103,19 @@ void attend(const Number* queries, const Keys& keys, Size batch, Size tokens, Si
   std::fill_n(sums, partials.size() * values, 0.0f);
   for (size_t i = 0; i < partials.size(); ++i) partials[i].values = sums + i * values;
   const Size tasks = batch * parts * alone;
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (tasks > 1 && batch * group * keys.count * keys.width > WORTH_A_THREAD)
   {
 #pragma omp for schedule(dynamic)
-    for (Size task = 0; task < tasks; ++task) {
-      const Size b = task / (parts * alone), part = task / alone % parts, from = task % alone * each;
-      const Size first = part * KEYS_A_TASK, last = std::min(first + KEYS_A_TASK, keys.count);
-      see_keys(keys, b, first, last, queries + b * group * keys.width, from, from + each, tokens, heads, scale * LOG2_E,
-               &partials[(part * batch + b) * group]);
-    }
+    for (Size task = 0; task < tasks; ++task)
+      failure.watch([&] {
+        const Size b = task / (parts * alone), part = task / alone % parts, from = task % alone * each;
+        const Size first = part * KEYS_A_TASK, last = std::min(first + KEYS_A_TASK, keys.count);
+        see_keys(keys, b, first, last, queries + b * group * keys.width, from, from + each, tokens, heads,
+                 scale * LOG2_E, &partials[(part * batch + b) * group]);
+      });
   }
+  failure.raise();
   for (Size row = 0; row < batch * group; ++row) {
     const float sink = sinks ? widened(sinks[row % heads]) * LOG2_E : HIDDEN;
     float top = sink, weights = 0;
@@ -132,30 +135,31 @@ void attend(const Number* queries, const Keys& keys, Size batch, Size tokens, Si
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // MLA on its latents: queries [B, T, H, D + P] and kv_b [H, D + D_v, R] -> out [B, T, H, D_v]. W_UK goes into the
-// queries, W_UV comes behind the attention. Keys: see `Keys`; their width is R + P, that of values R.
+// queries, W_UV comes behind the attention. Keys: see `Keys`; their width is R + P, that of values R. `keys_there`: how
+// many rows a sequence of the cache has, which chosen ones are among.
 void attend_latents(const Number* queries, const Number* cache, Size batch_stride, Size width, Size rank, Size count,
-                    const Size* chosen, const uint8_t* seen, Size seen_batch, Size seen_query, const Number* kv_b,
-                    Size nope, Size value_width, Size batch, Size tokens, Size heads, double scale, Number* out,
-                    Size threads) {
+                    Size keys_there, const Size* chosen, const uint8_t* seen, Size seen_batch, Size seen_query,
+                    const Number* kv_b, Size nope, Size value_width, Size batch, Size tokens, Size heads, double scale,
+                    Number* out, Size threads) {
   const Keys keys = {cache, batch_stride, width, rank, count, chosen, seen, seen_batch, seen_query};
   const Size rotary = width - rank, rows = batch * tokens * heads;
+  if (chosen) must_be_below(chosen, batch * tokens * count, keys_there);
   std::vector<Number> absorbed(rows * width);
   std::vector<float> mixed(rows * rank);
   const bool many = rows * rank * nope > WORTH_A_THREAD;
+  Failure failure;
 #pragma omp parallel for schedule(static) num_threads(threads) if (many)
-  for (Size row = 0; row < rows; ++row) {
-    const Number* query = queries + row * (nope + rotary);
-    const SideBySide w_uk = {kv_b + row % heads * (nope + value_width) * rank, rank};
-    std::vector<float> sums(rank);
-    add_weighted(w_uk, nope, query, 0, 1, rank, sums.data());
-    narrow(sums.data(), &absorbed[row * width], rank);
-    std::copy(query + nope, query + nope + rotary, &absorbed[row * width] + rank);
-  }
+  for (Size row = 0; row < rows; ++row)
+    failure.watch([&] {
+      const Number* query = queries + row * (nope + rotary);
+      const SideBySide w_uk = {kv_b + row % heads * (nope + value_width) * rank, rank};
+      std::vector<float> sums(rank);
+      add_weighted(w_uk, nope, query, 0, 1, rank, sums.data());
+      narrow(sums.data(), &absorbed[row * width], rank);
+      std::copy(query + nope, query + nope + rotary, &absorbed[row * width] + rank);
+    });
+  failure.raise();
   attend(absorbed.data(), keys, batch, tokens, heads, static_cast<float>(scale), nullptr, mixed.data(), threads);
   const Numbers values = narrowed(mixed);
 #pragma omp parallel for schedule(static) num_threads(threads) if (many)
@@ -176,4 +180,4 @@ void attend_shared(const Number* queries, const Number* cache, Size batch_stride
   narrow(mixed.data(), out, mixed.size());
 }
 
-}  // extern "C"
+}  // namespace

@@ -37,6 +37,12 @@ void keep_best_groups(float* scores, Size experts, Size groups, Size best_groups
     if (std::find(best.begin(), best.begin() + best_groups, i / size) == best.begin() + best_groups) scores[i] = HIDDEN;
 }
 
+// Row `id` of a table [rows, K]. A negative id counts from the end, as in PyTorch.
+const Size* row_of(const Size* table, Size rows, Size top_k, Size id) {
+  if (id < -rows || id >= rows) throw Unfit();
+  return table + (id < 0 ? id + rows : id) * top_k;
+}
+
 // Experts and a network that all tokens go through, as in `mix_channels`.
 struct Experts {
   const Number *gate_up, *down;
@@ -116,9 +122,16 @@ void mix_some(const Number* x, Size tokens, Size width, const Size* indices, con
   for (const Size token : token_of) rows.push_back(x + token * width);
 
   const Size row_width = (width + LANES - 1) / LANES * LANES;
-  std::vector<float> sums(tokens * row_width), gates(tokens * BLOCK);
-  std::vector<Number> inners(tokens * std::max(experts.inner, experts.shared_inner));
-  for (const Network& network : networks_of(experts, indices, slots, tokens, width)) {
+  const std::vector<Network> networks = networks_of(experts, indices, slots, tokens, width);
+  // A token may have chosen one expert several times: then more rows than tokens go through it.
+  Size most = 0, largest_inner = 0;
+  for (const Network& network : networks) {
+    most = std::max(most, network.count);
+    largest_inner = std::max(largest_inner, network.count * network.inner);
+  }
+  std::vector<float> sums(tokens * row_width), gates(most * BLOCK);
+  std::vector<Number> inners(largest_inner);
+  for (const Network& network : networks) {
     const Size first = network.first, count = network.count, inner = network.inner;
     activations(network.gate, network.up, inner, &rows[first], count, width, &shares[first], bound, gates.data(),
                 inners.data());
@@ -134,15 +147,11 @@ void mix_some(const Number* x, Size tokens, Size width, const Size* indices, con
   for (Size token = 0; token < tokens; ++token) narrow(&sums[token * row_width], out + token * width, width);
 }
 
-}  // namespace
-
-extern "C" {
-
 // Chooses experts for tokens x [N, d] by router weights [E, d] -> logits fp32 [N, E], weights fp32 [N, K] and indices
 // [N, K] of the chosen. `bias`: fp32 [E] or null. `table`: [V, K], which chooses by token id alone, or null.
 void route(const Number* x, Size tokens, Size width, const Number* weight, const float* bias, const Size* table,
-           const Size* ids, Size experts, Size top_k, Size groups, Size best_groups, Size group_top, Size scoring,
-           Size normalises, double scale, float* logits, float* weights, Size* indices, Size threads) {
+           Size vocabulary, const Size* ids, Size experts, Size top_k, Size groups, Size best_groups, Size group_top,
+           Size scoring, Size normalises, double scale, float* logits, float* weights, Size* indices, Size threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * width * experts > WORTH_A_THREAD)
   for (Size first = 0; first < experts; first += ROWS)
     multiply(weight, first, std::min(first + ROWS, experts), x, tokens, width,
@@ -154,7 +163,8 @@ void route(const Number* x, Size tokens, Size width, const Number* weight, const
     Size* chosen = indices + token * top_k;
     score_experts(logits + token * experts, experts, scoring, scores.data());
     if (table) {
-      std::copy_n(table + ids[token] * top_k, top_k, chosen);
+      std::copy_n(row_of(table, vocabulary, top_k, ids[token]), top_k, chosen);
+      must_be_below(chosen, top_k, experts);
     } else {
       for (Size i = 0; i < experts; ++i) biased[i] = scores[i] + (bias ? bias[i] : 0.0f);
       if (groups > 1) keep_best_groups(biased.data(), experts, groups, best_groups, group_top);
@@ -171,17 +181,22 @@ void route(const Number* x, Size tokens, Size width, const Number* weight, const
 // x [N, d] -> out [N, d]. gate_up: [E, 2 I, d], down: [E, d, I]; indices and weights [N, K], K = 0 without experts;
 // shared_*: as of linear maps, shared_inner = 0 without.
 void mix_channels(const Number* x, Size tokens, Size width, const Size* indices, const float* weights, Size top_k,
-                  const Number* gate_up, const Number* down, Size inner, const Number* shared_gate,
+                  Size expert_count, const Number* gate_up, const Number* down, Size inner, const Number* shared_gate,
                   const Number* shared_up, const Number* shared_down, Size shared_inner, double limit, Number* out,
                   Size threads) {
   const Experts experts = {gate_up, down, inner, shared_gate, shared_up, shared_down, shared_inner};
   const float bound = static_cast<float>(limit);
+  must_be_below(indices, tokens * top_k, expert_count);
   if (tokens > MANY) {
     const Size each = std::min(TOKENS_TOGETHER, (tokens + threads - 1) / threads);
+    Failure failure;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (Size first = 0; first < tokens; first += each)
-      mix_some(x + first * width, std::min(each, tokens - first), width, indices + first * top_k,
-               weights + first * top_k, top_k, experts, bound, out + first * width);
+      failure.watch([&] {
+        mix_some(x + first * width, std::min(each, tokens - first), width, indices + first * top_k,
+                 weights + first * top_k, top_k, experts, bound, out + first * width);
+      });
+    failure.raise();
     return;
   }
   const std::vector<Size> slots = by_expert(indices, tokens * top_k);
@@ -194,43 +209,50 @@ void mix_channels(const Number* x, Size tokens, Size width, const Size* indices,
     for (Size row = 0; row < network.inner; row += ROWS) blocks.emplace_back(&network, row);
 
   std::vector<Number> inners(activations);
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (activations * width * 3 > WORTH_A_THREAD)
   {
-    std::vector<float> gates(std::max(tokens * top_k, tokens) * ROWS), ups(gates.size());
+    std::vector<float> gates, ups, sums;
+    failure.watch([&] {
+      gates.resize(std::max(tokens * top_k, tokens) * ROWS), ups.resize(gates.size()), sums.resize(tokens * ROWS);
+    });
 #pragma omp for schedule(static)
-    for (size_t block = 0; block < blocks.size(); ++block) {
-      const auto [network, first] = blocks[block];
-      const Size last = std::min(first + ROWS, network->inner), count = network->count;
-      const bool routed = network->first < chosen;
-      const Number* vectors = routed ? &inputs[network->first * width] : x;
-      multiply(network->gate, first, last, vectors, count, width,
-               [&](Size, Size rows, Size slot, const float* found) { std::copy_n(found, rows, &gates[slot * ROWS]); });
-      multiply(network->up, first, last, vectors, count, width,
-               [&](Size, Size rows, Size slot, const float* found) { std::copy_n(found, rows, &ups[slot * ROWS]); });
-      for (Size slot = 0; slot < count; ++slot) {
-        const float weight = routed ? weights[slots[network->first + slot]] : 1.0f;
-        float* mixed = &gates[slot * ROWS];
-        for (Size i = 0; i < last - first; ++i) {
-          mixed[i] = gated(mixed[i], ups[slot * ROWS + i], bound) * weight;
+    for (size_t block = 0; block < blocks.size(); ++block)
+      failure.watch([&] {
+        const Network& network = *blocks[block].first;
+        const Size first = blocks[block].second, last = std::min(first + ROWS, network.inner), count = network.count;
+        const bool routed = network.first < chosen;
+        const Number* vectors = routed ? &inputs[network.first * width] : x;
+        multiply(network.gate, first, last, vectors, count, width, [&](Size, Size rows, Size slot, const float* found) {
+          std::copy_n(found, rows, &gates[slot * ROWS]);
+        });
+        multiply(network.up, first, last, vectors, count, width,
+                 [&](Size, Size rows, Size slot, const float* found) { std::copy_n(found, rows, &ups[slot * ROWS]); });
+        for (Size slot = 0; slot < count; ++slot) {
+          const float weight = routed ? weights[slots[network.first + slot]] : 1.0f;
+          float* mixed = &gates[slot * ROWS];
+          for (Size i = 0; i < last - first; ++i) {
+            mixed[i] = gated(mixed[i], ups[slot * ROWS + i], bound) * weight;
+          }
+          narrow(mixed, &inners[network.activations + slot * network.inner + first], last - first);
         }
-        narrow(mixed, &inners[network->activations + slot * network->inner + first], last - first);
-      }
-    }
-    std::vector<float> sums(tokens * ROWS);
+      });
 #pragma omp for schedule(static)
-    for (Size first = 0; first < width; first += ROWS) {
-      const Size last = std::min(first + ROWS, width);
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (const Network& network : networks)
-        multiply(network.down, first, last, &inners[network.activations], network.count, network.inner,
-                 [&](Size, Size rows, Size slot, const float* found) {
-                   const Size token = network.first < chosen ? slots[network.first + slot] / top_k : slot;
-                   for (Size i = 0; i < rows; ++i) sums[token * ROWS + i] += found[i];
-                 });
-      for (Size token = 0; token < tokens; ++token)
-        narrow(&sums[token * ROWS], out + token * width + first, last - first);
-    }
+    for (Size first = 0; first < width; first += ROWS)
+      failure.watch([&] {
+        const Size last = std::min(first + ROWS, width);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (const Network& network : networks)
+          multiply(network.down, first, last, &inners[network.activations], network.count, network.inner,
+                   [&](Size, Size rows, Size slot, const float* found) {
+                     const Size token = network.first < chosen ? slots[network.first + slot] / top_k : slot;
+                     for (Size i = 0; i < rows; ++i) sums[token * ROWS + i] += found[i];
+                   });
+        for (Size token = 0; token < tokens; ++token)
+          narrow(&sums[token * ROWS], out + token * width + first, last - first);
+      });
   }
+  failure.raise();
 }
 
-}  // extern "C"
+}  // namespace

@@ -81,10 +81,6 @@ void best_of(const float* scores, Size size, Size count, Size* out) {
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // The keys that an indexer chooses, those that a query does not see last, by sum_j w_j relu(q_j k): queries
 // [B, T, J, D], keys [B, S, D], seen as in `Keys`; w = weight x / sqrt(J D) of tokens x [B, T, d] and weight [J, d] ->
 // the K best of S, out [B, T, K], and which of them the query sees, bytes [B, T, K].
@@ -107,30 +103,35 @@ void choose_keys(const Number* queries, const Number* cache, Size batch_stride, 
   float* scores = kept<0>(batch * tokens * blocks * KEYS);
   const std::vector<float> weights = index_weights(x, weight, batch * tokens, model_width, heads, width);
   const Size parts = (count + KEYS_A_TASK - 1) / KEYS_A_TASK;
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (batch * tokens * heads * width * count > WORTH_A_THREAD)
   {
-    std::vector<Words> columns((width + A_WORD - 1) / A_WORD * VECTORS);
+    std::vector<Words> columns;
+    failure.watch([&] { columns.resize((width + A_WORD - 1) / A_WORD * VECTORS); });
 #pragma omp for schedule(dynamic)
-    for (Size task = 0; task < batch * parts; ++task) {
-      const Size b = task / parts, begin = task % parts * KEYS_A_TASK, end = std::min(begin + KEYS_A_TASK, count);
-      for (Size start = begin; start < end; start += KEYS) {
-        const Size some = std::min(KEYS, end - start);
-        put_into_columns(cache + b * batch_stride + start * width, some, width, width, columns.data());
-        for (Size row = b * tokens; row < (b + 1) * tokens; ++row) {
-          const uint8_t* sees = seen ? seen + b * seen_batch + row % tokens * seen_query + start : nullptr;
-          const Size block = row * blocks + start / KEYS;
-          score_keys(columns.data(), queries + row * heads * width, &weights[row * heads], heads, width, sees, some,
-                     scores + block * KEYS);
+    for (Size task = 0; task < batch * parts; ++task)
+      failure.watch([&] {
+        const Size b = task / parts, begin = task % parts * KEYS_A_TASK, end = std::min(begin + KEYS_A_TASK, count);
+        for (Size start = begin; start < end; start += KEYS) {
+          const Size some = std::min(KEYS, end - start);
+          put_into_columns(cache + b * batch_stride + start * width, some, width, width, columns.data());
+          for (Size row = b * tokens; row < (b + 1) * tokens; ++row) {
+            const uint8_t* sees = seen ? seen + b * seen_batch + row % tokens * seen_query + start : nullptr;
+            const Size block = row * blocks + start / KEYS;
+            score_keys(columns.data(), queries + row * heads * width, &weights[row * heads], heads, width, sees, some,
+                       scores + block * KEYS);
+          }
         }
-      }
-    }
+      });
 #pragma omp for schedule(static)
-    for (Size row = 0; row < batch * tokens; ++row) {
-      const float* score = scores + row * blocks * KEYS;
-      best_of(score, count, top_k, out + row * top_k);
-      for (Size i = 0; i < top_k; ++i) out_seen[row * top_k + i] = score[out[row * top_k + i]] != HIDDEN;
-    }
+    for (Size row = 0; row < batch * tokens; ++row)
+      failure.watch([&] {
+        const float* score = scores + row * blocks * KEYS;
+        best_of(score, count, top_k, out + row * top_k);
+        for (Size i = 0; i < top_k; ++i) out_seen[row * top_k + i] = score[out[row * top_k + i]] != HIDDEN;
+      });
   }
+  failure.raise();
 }
 
-}  // extern "C"
+}  // namespace

@@ -54,10 +54,18 @@ struct Planes {
   template <class X>
   void put(Size vector, const X* x, Size width) {
     float top = 0;
-    for (Size i = 0; i < width; ++i) top = std::max(top, std::fabs(widened(x[i])));
-    const float scale = scales[vector] = top / LARGEST, inverse = top > 0 ? 1.0f / scale : 0.0f;
-    int8_t* to = &bytes[vector * PLANES * padded];
+    bool finite = true;
     for (Size i = 0; i < width; ++i) {
+      const float size = std::fabs(widened(x[i]));
+      finite &= size <= std::numeric_limits<float>::max();
+      top = std::max(top, size);
+    }
+    const float scale = scales[vector] = finite ? top / LARGEST : std::numeric_limits<float>::quiet_NaN();
+    // The inverse of a scale this small is infinite.
+    const float inverse = scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f;
+    int8_t* to = &bytes[vector * PLANES * padded];
+    // What is not finite is no whole number: the bytes stay 0, and the scale makes every product NaN.
+    for (Size i = 0; i < width && finite; ++i) {
       int32_t rest = static_cast<int32_t>(std::nearbyint(widened(x[i]) * inverse));
       for (Size p = 0; p < PLANES; ++p) {
         const int8_t byte = static_cast<int8_t>(rest);
@@ -126,10 +134,6 @@ inline void multiply(const int8_t* matrix, const float* row_scales, Size first, 
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // A linear map per group, its weight in int8 with a scale per row: x [N, G, in], weight [G, out, in], scales [G, out]
 // -> out [N, G, out].
 void project_int8(const Number* x, Size tokens, Size groups, Size width, const int8_t* weight, const float* scales,
@@ -152,14 +156,16 @@ void project_int8(const Number* x, Size tokens, Size groups, Size width, const i
 
 // `mix_channels` of chosen experts in int8, with a scale per row: gate_up [E, 2 I, d], down [E, d, I].
 void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, const float* weights, Size top_k,
-              const int8_t* gate_up, const float* gate_up_scales, const int8_t* down, const float* down_scales,
-              Size inner, double limit, Number* out, Size threads) {
+              Size experts, const int8_t* gate_up, const float* gate_up_scales, const int8_t* down,
+              const float* down_scales, Size inner, double limit, Number* out, Size threads) {
+  must_be_below(indices, tokens * top_k, experts);
   const std::vector<Size> slots = by_expert(indices, tokens * top_k);
   const Planes vectors = planes(x, tokens, width);
   std::vector<float> inners(slots.size() * inner);
   Planes inner_vectors(slots.size(), inner);
   const Size blocks = (inner + ROWS - 1) / ROWS, tasks = slots.size() * blocks, count = slots.size();
   const float bound = static_cast<float>(limit);
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (count * inner * width * 3 > WORTH_A_THREAD)
   {
 #pragma omp for schedule(static)
@@ -179,23 +185,26 @@ void mix_int8(const Number* x, Size tokens, Size width, const Size* indices, con
     }
 #pragma omp for schedule(static)
     for (Size slot = 0; slot < count; ++slot) inner_vectors.put(slot, &inners[slot * inner], inner);
-    std::vector<float> sums(tokens * ROWS);
+    std::vector<float> sums;
+    failure.watch([&] { sums.resize(tokens * ROWS); });
 #pragma omp for schedule(static)
-    for (Size first = 0; first < width; first += ROWS) {
-      const Size last = std::min(first + ROWS, width);
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (const Size slot : slots) {
-        const Size begin = indices[slot] * width;
-        float* sum = &sums[slot / top_k * ROWS];
-        multiply(down + begin * inner, down_scales + begin, first, last, inner_vectors, slot, slot + 1, inner,
-                 [=](Size, Size rows, Size, const float* found) {
-                   for (Size i = 0; i < rows; ++i) sum[i] += found[i];
-                 });
-      }
-      for (Size token = 0; token < tokens; ++token)
-        narrow(&sums[token * ROWS], out + token * width + first, last - first);
-    }
+    for (Size first = 0; first < width; first += ROWS)
+      failure.watch([&] {
+        const Size last = std::min(first + ROWS, width);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (const Size slot : slots) {
+          const Size begin = indices[slot] * width;
+          float* sum = &sums[slot / top_k * ROWS];
+          multiply(down + begin * inner, down_scales + begin, first, last, inner_vectors, slot, slot + 1, inner,
+                   [=](Size, Size rows, Size, const float* found) {
+                     for (Size i = 0; i < rows; ++i) sum[i] += found[i];
+                   });
+        }
+        for (Size token = 0; token < tokens; ++token)
+          narrow(&sums[token * ROWS], out + token * width + first, last - first);
+      });
   }
+  failure.raise();
 }
 
-}  // extern "C"
+}  // namespace

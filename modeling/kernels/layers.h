@@ -48,8 +48,8 @@ struct ChannelMixer {
   double norm_eps;
   const Number* router;
   const float* bias;
-  const Size* table;
-  Size experts, top_k, groups, best_groups, group_top, scoring, normalises;
+  const Size* table;  // [vocabulary, top_k]
+  Size vocabulary, experts, top_k, groups, best_groups, group_top, scoring, normalises;
   double weight_scale;
   Matrix gate_up, down;
   Size inner;
@@ -245,7 +245,7 @@ Numbers token_mixer_output(const Layer& layer, const Step& step, const Cache& ca
       {{mla.q_b, queries.data(), mla.heads * head}, {indexer.wq, index_queries.data(), selects ? index_width : 0}});
   rotate(step, queries.data(), mla.heads, head, mla.rotary, mla.nope, mla.interleaved);
   const auto attend = [&](Size count, const Size* chosen, const uint8_t* seen, Size seen_batch, Size seen_query) {
-    attend_latents(queries.data(), cache.latents, cache.latents_stride, width, mla.rank, count, chosen, seen,
+    attend_latents(queries.data(), cache.latents, cache.latents_stride, width, mla.rank, count, length, chosen, seen,
                    seen_batch, seen_query, mla.kv_b, mla.nope, mla.value_width, sequence, step.tokens, mla.heads,
                    mla.scale, mixed.data(), threads);
   };
@@ -291,13 +291,17 @@ void write(const Connection& connection, Size n, Size width, const Number* strea
 std::vector<uint8_t> seen_keys(const Step& step, const Memory& memory, const Size* places, Size window) {
   const Size all = memory.window_count + memory.count;
   std::vector<uint8_t> seen(step.batch * step.tokens * all);
+  // Places may be any numbers: unsigned ones wrap around where others are undefined.
+  const auto minus = [](Size a, Size b) {
+    return static_cast<Size>(static_cast<uint64_t>(a) - static_cast<uint64_t>(b));
+  };
   for (Size row = 0; row < step.batch * step.tokens; ++row) {
     const Size b = row / step.tokens, place = places[row];
-    const Size begin = place - (place % DOCUMENT + DOCUMENT) % DOCUMENT;
+    const Size begin = minus(place, (place % DOCUMENT + DOCUMENT) % DOCUMENT);
     const Size* near = memory.window_places + b * memory.window_places_stride;
     const Size* far = memory.entry_places + b * memory.entry_places_stride;
     uint8_t* to = &seen[row * all];
-    for (Size i = 0; i < memory.window_count; ++i) to[i] = place - near[i] >= 0 && place - near[i] < window;
+    for (Size i = 0; i < memory.window_count; ++i) to[i] = minus(place, near[i]) >= 0 && minus(place, near[i]) < window;
     for (Size i = 0; i < memory.count; ++i)
       to[memory.window_count + i] = far[i] <= place && far[i] >= begin && far[i] != NOWHERE;
   }
@@ -367,20 +371,21 @@ Numbers channel_mixer_output(const ChannelMixer& mixer, const Step& step, Size w
   std::vector<float> logits(n * mixer.experts), weights(n * top_k);
   std::vector<Size> chosen(n * top_k);
   if (top_k)
-    route(x.data(), n, width, mixer.router, mixer.bias, mixer.table, step.ids, mixer.experts, top_k, mixer.groups,
-          mixer.best_groups, mixer.group_top, mixer.scoring, mixer.normalises, mixer.weight_scale, logits.data(),
-          weights.data(), chosen.data(), step.threads);
+    route(x.data(), n, width, mixer.router, mixer.bias, mixer.table, mixer.vocabulary, step.ids, mixer.experts, top_k,
+          mixer.groups, mixer.best_groups, mixer.group_top, mixer.scoring, mixer.normalises, mixer.weight_scale,
+          logits.data(), weights.data(), chosen.data(), step.threads);
   for (Size slot = 0; slot < n * top_k; ++slot) counts[chosen[slot]] += !step.real || step.real[slot / top_k];
   // Experts and what all tokens go through are one function, unless any of it is in int8.
   const bool apart =
       mixer.gate_up.scales || mixer.shared_gate.scales || mixer.shared_up.scales || mixer.shared_down.scales;
   if (mixer.gate_up.scales)
-    mix_int8(x.data(), n, width, chosen.data(), weights.data(), top_k, bytes(mixer.gate_up), mixer.gate_up.scales,
-             bytes(mixer.down), mixer.down.scales, mixer.inner, mixer.limit, out.data(), step.threads);
+    mix_int8(x.data(), n, width, chosen.data(), weights.data(), top_k, mixer.experts, bytes(mixer.gate_up),
+             mixer.gate_up.scales, bytes(mixer.down), mixer.down.scales, mixer.inner, mixer.limit, out.data(),
+             step.threads);
   else
-    mix_channels(x.data(), n, width, chosen.data(), weights.data(), top_k, plain(mixer.gate_up), plain(mixer.down),
-                 mixer.inner, plain(mixer.shared_gate), plain(mixer.shared_up), plain(mixer.shared_down),
-                 apart ? 0 : mixer.shared_inner, mixer.limit, out.data(), step.threads);
+    mix_channels(x.data(), n, width, chosen.data(), weights.data(), top_k, mixer.experts, plain(mixer.gate_up),
+                 plain(mixer.down), mixer.inner, plain(mixer.shared_gate), plain(mixer.shared_up),
+                 plain(mixer.shared_down), apart ? 0 : mixer.shared_inner, mixer.limit, out.data(), step.threads);
   if (apart && mixer.shared_inner) {
     Numbers gates(n * mixer.shared_inner), ups(gates.size()), shared(n * width);
     map_tokens(
@@ -410,6 +415,14 @@ void mix_tokens(const Layer& layer, const Step& step, const Number* streams, Num
   }
 }
 
+// Throws where a step cannot be read: nothing is written before. What else is wrong with a step, Python has seen.
+void must_be_readable(const Layer& layer, const Step& step) {
+  const ChannelMixer& mixer = layer.channels;
+  if (step.batch < 1 || step.tokens < 1 || (mixer.table && !step.ids)) throw Unfit();
+  for (Size token = 0; mixer.table && token < step.batch * step.tokens; ++token)
+    must_be_below(row_of(mixer.table, mixer.vocabulary, mixer.top_k, step.ids[token]), mixer.top_k, mixer.experts);
+}
+
 // Calls `act(step)` for all tokens of a step as B = 1 sequence, or, where there are many for every thread, for at most
 // `most` of them at a time: a thread then takes them through all of it.
 template <class Act>
@@ -425,16 +438,15 @@ void in_chunks(const Step& step, Size most, Act act) {
   // Not by a condition of the loop: what is parallel in `act` would be nested, and have its threads made anew.
   if (n <= MANY * step.threads) return some_of(0, n, step.threads);
   const Size each = std::min(most, (n + step.threads - 1) / step.threads);
+  Failure failure;
 #pragma omp parallel for schedule(dynamic) num_threads(step.threads)
-  for (Size first = 0; first < n; first += each) some_of(first, std::min(each, n - first), 1);
+  for (Size first = 0; first < n; first += each) failure.watch([&] { some_of(first, std::min(each, n - first), 1); });
+  failure.raise();
 }
-
-}  // namespace
-
-extern "C" {
 
 // The second half of a layer: residual streams [N, n, d] -> out, of the same shape. `counts` [E] begins with zeros.
 void decode_channels(const Layer* layer, const Step* step, const Number* streams, Number* out, Size* counts) {
+  must_be_readable(*layer, *step);
   const Size token = layer->connection.n * layer->width;
   in_chunks(*step, TOKENS_TOGETHER, [=](const Step& some) {
     mix_tokens(*layer, some, streams + some.first * token, out + some.first * token, counts);
@@ -445,6 +457,7 @@ void decode_channels(const Layer* layer, const Step* step, const Number* streams
 // contribute to entries, values and gates side by side, [N, 2 W] each.
 void begin_compressed(const Layer* layer, const Step* step, const Number* streams, const Between* between, Number* keys,
                       Number* contributions, Number* index_contributions) {
+  must_be_readable(*layer, *step);
   const CompressedAttention& mixer = layer->compressed;
   const Size n = step->batch * step->tokens, width = layer->width;
   const auto rotate = [&](Number* rows, Size heads, const Number* norm, double eps) {
@@ -488,6 +501,7 @@ void end_compressed(const Layer* layer, const Step* step, const Memory* memory, 
 // A layer of MLA and one residual stream: [N, d] -> out [N, d]. New keys are written to the cache.
 void decode_layer(const Layer* layer, const Step* step, const Cache* cache, const Number* hidden, Number* out,
                   Size* counts) {
+  must_be_readable(*layer, *step);
   const Size n = step->batch * step->tokens, width = layer->width;
   const LatentAttention& mla = layer->attention;
   Numbers between(n * width);
@@ -496,4 +510,4 @@ void decode_layer(const Layer* layer, const Step* step, const Cache* cache, cons
   decode_channels(layer, step, between.data(), out, counts);
 }
 
-}  // extern "C"
+}  // namespace

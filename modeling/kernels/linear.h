@@ -16,21 +16,21 @@ struct LinearMap {
 
 // The same as `project`, of many tokens.
 void project_text(const Number* x, Size tokens, Size width, const LinearMap (&maps)[4], Size threads) {
+  Failure failure;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (Size first = 0; first < tokens; first += TOKENS)
-    for (const LinearMap& map : maps)
-      for (Size row = 0; row < map.count; row += BLOCK) {
-        const Size some = std::min(BLOCK, map.count - row);
-        multiply_many(map.weight + row * width, some, SideBySide{x + first * width, width},
-                      std::min(TOKENS, tokens - first), width, [&](Size i, const float* products) {
-                        narrow(products, map.out + (first + i) * map.count + row, some);
-                      });
-      }
+    failure.watch([&] {
+      for (const LinearMap& map : maps)
+        for (Size row = 0; row < map.count; row += BLOCK) {
+          const Size some = std::min(BLOCK, map.count - row);
+          multiply_many(map.weight + row * width, some, SideBySide{x + first * width, width},
+                        std::min(TOKENS, tokens - first), width, [&](Size i, const float* products) {
+                          narrow(products, map.out + (first + i) * map.count + row, some);
+                        });
+        }
+    });
+  failure.raise();
 }
-
-}  // namespace
-
-extern "C" {
 
 // Up to four linear maps of the same tokens x [N, d]: weights [n_i, d] -> outputs [N, n_i]; n_i is 0 where there is no
 // map.
@@ -79,28 +79,34 @@ void norm_rotate(const Number* x, Number* out, Size tokens, Size heads, Size wid
                  double eps, const Number* cos, const Number* sin, Size positions, Size rotary, Size first,
                  Size interleaved, double sign, Size threads = 1) {
   const Size pairs = rotary / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : pairs;
+  Failure failure;
 #pragma omp parallel num_threads(threads) if (tokens * heads * width > WORTH_A_THREAD)
   {
-    std::vector<float> wide(width), weight(norm_width, 1.0f);
-    if (norm) widen(norm, weight.data(), norm_width);
+    std::vector<float> wide, weight;
+    failure.watch([&] {
+      wide.resize(width), weight.resize(norm_width, 1.0f);
+      if (norm) widen(norm, weight.data(), norm_width);
+    });
 #pragma omp for schedule(static)
-    for (Size row = 0; row < tokens * heads; ++row) {
-      widen(x + row * width, wide.data(), width);
-      if (norm_width) {
-        const float scale = inverse_rms(wide.data(), norm_width, static_cast<float>(eps));
+    for (Size row = 0; row < tokens * heads; ++row)
+      failure.watch([&] {
+        widen(x + row * width, wide.data(), width);
+        if (norm_width) {
+          const float scale = inverse_rms(wide.data(), norm_width, static_cast<float>(eps));
 #pragma omp simd
-        for (Size i = 0; i < norm_width; ++i) wide[i] *= scale * weight[i];
-      }
-      for (Size pair = 0; pair < pairs; ++pair) {
-        const Size angle = row / heads % positions * pairs + pair, one = first + pair * step, other = one + apart;
-        const float c = widened(cos[angle]), s = widened(sin[angle]) * static_cast<float>(sign);
-        const float turned = wide[one] * c - wide[other] * s;
-        wide[other] = wide[other] * c + wide[one] * s;
-        wide[one] = turned;
-      }
-      narrow(wide.data(), out + row * width, width);
-    }
+          for (Size i = 0; i < norm_width; ++i) wide[i] *= scale * weight[i];
+        }
+        for (Size pair = 0; pair < pairs; ++pair) {
+          const Size angle = row / heads % positions * pairs + pair, one = first + pair * step, other = one + apart;
+          const float c = widened(cos[angle]), s = widened(sin[angle]) * static_cast<float>(sign);
+          const float turned = wide[one] * c - wide[other] * s;
+          wide[other] = wide[other] * c + wide[one] * s;
+          wide[one] = turned;
+        }
+        narrow(wide.data(), out + row * width, width);
+      });
   }
+  failure.raise();
 }
 
 // Cosines and sines, times `scale`, of `count` positions times the frequencies [rotary / 2] -> cos, sin [count, rotary
@@ -115,4 +121,4 @@ void angles(const Size* positions, Size count, const float* frequencies, Size pa
   }
 }
 
-}  // extern "C"
+}  // namespace

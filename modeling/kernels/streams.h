@@ -38,10 +38,6 @@ void sinkhorn(float* matrix, Size n, Size iterations, float eps, float* out) {
     for (Size j = 0; j < n; ++j) out[i * n + j] = matrix[i * n + j] / (rows[i] * columns[j]);
 }
 
-}  // namespace
-
-extern "C" {
-
 // What a sub-layer reads from n residual streams [N, n, d], and by which weights it will write to them
 // (`HyperConnection`): fn [(2 + n) n, n d], base [(2 + n) n], scale [3] -> out [N, d], post fp32 [N, n], residual fp32
 // [N, n, n]. Where nothing will be written (`StreamCollapse`) these are null, fn is [n, n d], base [n] and scale [1].
@@ -85,4 +81,4 @@ void write_streams(const Number* streams, const Number* output, const float* pos
     }
 }
 
-}  // extern "C"
+}  // namespace

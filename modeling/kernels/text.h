@@ -22,7 +22,9 @@ struct KeyBlock {
   Size count, width, value_vectors;
 
   KeyBlock(Size width, Size value_width)
-      : width(width), value_vectors((value_width + A_VECTOR - 1) / A_VECTOR * A_WORD) {
+      : width(width), value_vectors((value_width + A_VECTOR - 1) / A_VECTOR * A_WORD) {}
+
+  void make_room() {
     columns.resize((width + A_WORD - 1) / A_WORD * VECTORS);
     values.resize(KEYS / A_WORD * value_vectors);
   }
@@ -81,10 +83,6 @@ inline void add_values(const KeyBlock& keys, Size query, const Queries& queries,
   for (; vector < keys.value_vectors; ++vector) add_values<N, 1>(keys, vector, query, queries, values);
 }
 
-}  // namespace
-
-extern "C" {
-
 // softmax(scale q k) v: queries [B, H, T, D], keys [B, H / G, S, D] and values [B, H / G, S, D_v] of G heads each, all
 // by their strides -> out [B, T, H, D_v]. `seen`: as in `Keys`; without it the text is causal, and ends with its keys.
 void attend_text(const Number* queries, Size query_batch, Size query_head, Size query_token, const Number* keys,
@@ -99,57 +97,63 @@ void attend_text(const Number* queries, Size query_batch, Size query_head, Size 
   Size most = QUERIES;
   while (most > KEYS && batch * heads * tokens < 8 * threads * most) most /= 2;
   const Size blocks = (tokens + most - 1) / most, before = count - tokens;
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     KeyBlock block(width, value_width);
     Queries seeing;
     const Size row_width = block.value_vectors * LANES;
-    seeing.values.resize(most * block.value_vectors);
+    failure.watch([&] {
+      block.make_room();
+      seeing.values.resize(most * block.value_vectors);
+    });
 #pragma omp for schedule(dynamic)
-    for (Size task = 0; task < batch * heads * blocks; ++task) {
-      // The last queries have the most keys, and come first.
-      const Size b = task % batch, h = task / batch % heads, first = (blocks - 1 - task / (batch * heads)) * most;
-      const Size some = std::min(most, tokens - first), end = seen ? count : before + first + some;
-      std::fill(seeing.values.begin(), seeing.values.end(), Vector{});
-      for (Size query = 0; query < some; ++query)
-        seeing.partials[query] =
-            Partial{HIDDEN, Vector{}, reinterpret_cast<float*>(&seeing.values[query * block.value_vectors])};
-      for (Size start = 0; start < end; start += KEYS) {
-        const Size there = std::min(KEYS, end - start);
-        const auto sees = [&](Size query) { return seen + b * seen_batch + (first + query) * seen_query + start; };
-        bool any = !seen;
-        for (Size query = 0; query < some && !any; ++query) any = std::memchr(sees(query), 1, there) != nullptr;
-        if (!any) continue;
-        block.take(k.at(b, h / groups, start), k.token, v.at(b, h / groups, start), v.token, value_width, there);
-        for (Size group = 0; group < some; group += TOGETHER) {
-          const Size several = std::min(TOGETHER, some - group);
-          const auto visible = [&](Size query) { return before + first + group + query + 1 - start; };
-          if (!seen && visible(several - 1) <= 0) continue;
-          in_groups<4>(several, [&](auto n, Size query) {
-            score<n.value>(block, q.at(b, h, first + group + query), q.token, to_base_2, query, seeing);
-          });
-          for (Size query = 0; query < several; ++query) {
-            float* scores = seeing.scores[query];
-            std::fill(scores + (seen ? there : std::clamp<Size>(visible(query), 0, there)), scores + KEYS, HIDDEN);
-            for (Size key = 0; key < there && seen; ++key)
-              scores[key] = sees(group + query)[key] ? scores[key] : HIDDEN;
-            share(scores, KEYS, seeing.partials[group + query], row_width, seeing.shares[query]);
+    for (Size task = 0; task < batch * heads * blocks; ++task)
+      failure.watch([&] {
+        // The last queries have the most keys, and come first.
+        const Size b = task % batch, h = task / batch % heads, first = (blocks - 1 - task / (batch * heads)) * most;
+        const Size some = std::min(most, tokens - first), end = seen ? count : before + first + some;
+        std::fill(seeing.values.begin(), seeing.values.end(), Vector{});
+        for (Size query = 0; query < some; ++query)
+          seeing.partials[query] =
+              Partial{HIDDEN, Vector{}, reinterpret_cast<float*>(&seeing.values[query * block.value_vectors])};
+        for (Size start = 0; start < end; start += KEYS) {
+          const Size there = std::min(KEYS, end - start);
+          const auto sees = [&](Size query) { return seen + b * seen_batch + (first + query) * seen_query + start; };
+          bool any = !seen;
+          for (Size query = 0; query < some && !any; ++query) any = std::memchr(sees(query), 1, there) != nullptr;
+          if (!any) continue;
+          block.take(k.at(b, h / groups, start), k.token, v.at(b, h / groups, start), v.token, value_width, there);
+          for (Size group = 0; group < some; group += TOGETHER) {
+            const Size several = std::min(TOGETHER, some - group);
+            const auto visible = [&](Size query) { return before + first + group + query + 1 - start; };
+            if (!seen && visible(several - 1) <= 0) continue;
+            in_groups<4>(several, [&](auto n, Size query) {
+              score<n.value>(block, q.at(b, h, first + group + query), q.token, to_base_2, query, seeing);
+            });
+            for (Size query = 0; query < several; ++query) {
+              float* scores = seeing.scores[query];
+              std::fill(scores + (seen ? there : std::clamp<Size>(visible(query), 0, there)), scores + KEYS, HIDDEN);
+              for (Size key = 0; key < there && seen; ++key)
+                scores[key] = sees(group + query)[key] ? scores[key] : HIDDEN;
+              share(scores, KEYS, seeing.partials[group + query], row_width, seeing.shares[query]);
+            }
+            in_groups<8>(several, [&](auto n, Size query) {
+              add_values<n.value>(block, query, seeing, seeing.partials[group + query].values);
+            });
           }
-          in_groups<8>(several, [&](auto n, Size query) {
-            add_values<n.value>(block, query, seeing, seeing.partials[group + query].values);
-          });
         }
-      }
-      for (Size query = 0; query < some; ++query) {
-        const Partial& partial = seeing.partials[query];
-        float* row = partial.values;
-        // A query that sees nothing, in padding, gets 0.
-        const float weights = sum_of(partial.weights), factor = weights > 0 ? 1.0f / weights : 0.0f;
-        for (Size i = 0; i < value_width; ++i) row[i] *= factor;
-        narrow(row, out + ((b * tokens + first + query) * heads + h) * value_width, value_width);
-      }
-    }
+        for (Size query = 0; query < some; ++query) {
+          const Partial& partial = seeing.partials[query];
+          float* row = partial.values;
+          // A query that sees nothing, in padding, gets 0.
+          const float weights = sum_of(partial.weights), factor = weights > 0 ? 1.0f / weights : 0.0f;
+          for (Size i = 0; i < value_width; ++i) row[i] *= factor;
+          narrow(row, out + ((b * tokens + first + query) * heads + h) * value_width, value_width);
+        }
+      });
   }
+  failure.raise();
 }
 
-}  // extern "C"
+}  // namespace

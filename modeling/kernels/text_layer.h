@@ -6,10 +6,11 @@
 #include "layers.h"
 #include "text.h"
 
-extern "C" {
+namespace {
 
 // What such a layer caches of a text, and nothing more.
 void remember_text(const Layer* layer, const Step* step, const Cache* cache, const Number* hidden) {
+  if (step->batch < 1 || step->tokens < 1) throw Unfit();
   const LatentAttention& mla = layer->attention;
   const Size width = layer->width;
   in_chunks(*step, TOKENS, [&](const Step& some) {
@@ -22,6 +23,7 @@ void remember_text(const Layer* layer, const Step* step, const Cache* cache, con
 // where no token was read before it: it is causal then.
 void read_layer(const Layer* layer, const Step* step, const Cache* cache, const Number* hidden, Number* out,
                 Size* counts) {
+  must_be_readable(*layer, *step);
   const LatentAttention& mla = layer->attention;
   const Size tokens = step->tokens, n = step->batch * tokens, width = layer->width, length = cache->length + tokens;
   const Size head = mla.nope + mla.rotary, head_values = mla.value_width, row = mla.heads * head;
@@ -68,4 +70,4 @@ void read_layer(const Layer* layer, const Step* step, const Cache* cache, const 
   });
 }
 
-}  // extern "C"
+}  // namespace

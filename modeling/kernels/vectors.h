@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -18,6 +19,8 @@
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
+
+#include "failures.h"
 
 namespace {
 

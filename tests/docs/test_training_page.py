@@ -1,4 +1,4 @@
-"""docs/training.md: verbs and launchers take every command; the snippet and the script for Slurm run or parse."""
+"""docs/training.md: verbs and launchers take every command; the snippets and the script for Slurm run or parse."""
 
 import json
 import re
@@ -68,21 +68,38 @@ def test_overrides_are_fields_of_the_configuration():
     FathomConfig.preset("v3.2", **{name: json.loads(value) for name, value in values.items()})
 
 
-def test_the_snippet_for_trl_runs(tmp_path):
-    make_corpus_and_tokenizer(tmp_path)
-    assert cli.main(["pretrain", *pretrain_words(tmp_path, tmp_path / "runs" / "pretrain", steps=2)]) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with `runs/pretrain`, and with what the snippets read beside it."""
+    folder = tmp_path_factory.mktemp("snippets")
+    make_corpus_and_tokenizer(folder)
+    assert cli.main(["pretrain", *pretrain_words(folder, folder / "runs" / "pretrain", steps=2)]) == 0
+    (folder / "runs" / "sft").symlink_to("pretrain")
     lines = [
         {"messages": [{"role": "user", "content": f"f{n}?"}, {"role": "assistant", "content": "x + 1 " * (1 + n % 5)}]}
         for n in range(40)
     ]
-    (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (snippet,) = blocks("python")
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def run_snippet(library: str, folder: Path) -> str:
+    """Runs the page's snippet that uses a library, made shorter, and returns what it prints."""
+    (snippet,) = (each for each in blocks("python") if f"from {library} import" in each)
     snippet = snippet.replace("max_steps=20", "max_steps=2, use_cpu=True, save_steps=2")
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", snippet]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "trl" / "checkpoint-2" / "model.safetensors").is_file()
+    return done.stdout
+
+
+def test_the_snippet_for_lora_runs(trained):
+    assert "trainable params: " in run_snippet("peft", trained)
+
+
+def test_the_snippet_for_trl_runs(trained):
+    run_snippet("trl", trained)
+    assert (trained / "runs" / "trl" / "checkpoint-2" / "model.safetensors").is_file()
 
 
 def test_the_slurm_script_is_one_for_bash():
@@ -94,9 +111,3 @@ def test_the_slurm_script_is_one_for_bash():
 def test_both_languages_show_the_same_code():
     for language in ("bash", "sh", "python"):
         assert blocks(language, PAGES[0]) == blocks(language, PAGES[1]) != []
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_named_files_exist(page):
-    for path in re.findall(r"`((?:tests|scripts)/[\w./-]+)`", (ROOT / page).read_text(encoding="utf-8")):
-        assert (ROOT / path).exists(), path

@@ -1,4 +1,4 @@
-"""The first minutes of a new user, from an installed wheel: train, chat, and load the model where Fathom is not installed.
+"""The first minutes of a new user of an installed wheel: train, chat, load the model where Fathom is not installed.
 
 `.ci/fresh` runs these in a new virtual environment with the newest releases; `make test` runs them on the pinned ones.
 """
@@ -21,7 +21,7 @@ LONGEST = 900  # seconds until the chat answers, on two slow cores
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """`fathom quickstart` with a hundred steps, up to the open chat: the folder it writes to, and the chat's address."""
+    """`fathom quickstart` with a hundred steps, up to the chat: its folder, and the address of the page."""
     folder = tmp_path_factory.mktemp("quickstart")
     log = folder / "printed.txt"
     command = [sys.executable, "-m", "fathom", "quickstart", *QUICKSTART]

@@ -1,4 +1,5 @@
 import pytest
+from device import forbid_reading
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +20,18 @@ def long_texts(monkeypatch) -> None:
 
     monkeypatch.setattr(fused, "SHORT_TEXT", fused.FEW_TOKENS)
     monkeypatch.setattr(fused, "multiplies_texts", lambda dtype: False)
+
+
+@pytest.fixture(params=["read", "unread"])
+def host_reads(request, monkeypatch) -> None:
+    """The test runs twice: as on a CPU, and as on an accelerator, whose tensors Python does not read (`device`)."""
+    if request.param == "unread":
+        forbid_reading(monkeypatch)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The second way is another one where keys or entries are chosen; elsewhere it would be the same test again."""
+    of = [getattr(item, "callspec", None) for item in items]
+    twice = [each and each.params.get("host_reads") == "unread" for each in of]
+    same = [each and each.params.get("generation") in ("classic", "moe", "v2", "v3") for each in of]
+    items[:] = [item for item, again, alike in zip(items, twice, same, strict=True) if not (again and alike)]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from fathom import FathomConfig, FathomForCausalLM
+from fathom.modeling import cache as cache_module
 from fathom.modeling.cache import FathomCache, FathomDynamicCache, FathomStaticCache
 from fathom.modeling.cache_layers import KeyValueCacheLayer
 from fathom.modeling.cache_size import layer_cache_numbers
@@ -103,6 +104,7 @@ def in_pieces(seed: int, total: int) -> list[int]:
 )
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_read_in_any_pieces(generation, form, sizes):
     ours, (ids, mask) = model(generation), batch()
     expected = ours(ids, attention_mask=mask, use_cache=False).logits
@@ -122,6 +124,7 @@ def test_read_in_any_pieces(generation, form, sizes):
 )
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_padding_between_tokens(generation, form, sizes):
     """As in the second turn of a batched chat: every row is what it is alone, without any padding."""
     ours, (ids, mask) = model(generation), batch()
@@ -146,6 +149,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_rows_change_in_the_middle(generation, form, operation):
     ours, (ids, mask) = model(generation), batch()
     change, rows = OPERATIONS[operation]
@@ -163,6 +167,7 @@ def test_rows_change_in_the_middle(generation, form, operation):
 @pytest.mark.parametrize("kept", [1, 6, 13])
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_crop_leaves_no_trace(generation, form, kept):
     """Bit for bit: a cache that read wrong tokens and forgot them goes on as one that never did."""
     ours, (ids, mask) = model(generation), batch()
@@ -189,6 +194,7 @@ def test_crop_leaves_no_trace(generation, form, kept):
 @torch.no_grad()
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_crop_of_drafts_read_at_once(generation, form):
     """As draft decoding does it, again and again."""
     ours, (ids, mask) = model(generation), batch()
@@ -210,6 +216,7 @@ def test_crop_of_drafts_read_at_once(generation, form):
 @torch.no_grad()
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_crop_of_everything_and_too_much(generation, form):
     ours, (ids, mask) = model(generation), batch()
     cache = new_cache(ours, form)
@@ -230,6 +237,7 @@ def test_crop_of_everything_and_too_much(generation, form):
 @pytest.mark.usefixtures("long_texts")
 @both_forms
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_reset_is_a_new_cache(generation, form):
     ours, (ids, mask) = model(generation), batch()
     cache = new_cache(ours, form)
@@ -261,6 +269,7 @@ def test_bytes_are_those_of_the_formula(generation, form, dtype):
 @torch.no_grad()
 @torch.no_grad()
 @both_forms
+@pytest.mark.usefixtures("host_reads")
 def test_keys_of_a_window_can_be_looked_at(form):
     """As transformers' own tests of generation do, [B, key heads, S, D]; a key is its own value."""
     ours, (ids, mask) = model("v4"), batch()
@@ -295,6 +304,7 @@ def test_growing_seldom_copies():
 
 
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_gradients_through_a_cache(generation):
     """What is read first is learnt from what is read later; writing in place would destroy it."""
     ours, (ids, mask) = model(generation), batch(paddings=[0])
@@ -308,6 +318,7 @@ def test_gradients_through_a_cache(generation):
 
 
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_a_cache_from_inference_mode_goes_on_outside(generation):
     ours, (ids, mask) = model(generation), batch()
     cache = new_cache(ours, "dynamic")
@@ -350,6 +361,7 @@ def test_generate(generation, settings):
 
 @pytest.mark.parametrize("made", ["by name", "empty", *FORMS])
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_drafts(generation, made):
     """transformers' own draft decoding, with caches that it makes and with the user's."""
     ours, ids = model(generation), batch(8, [0])[0].repeat(1, 3)
@@ -385,6 +397,29 @@ def test_a_decoding_step_is_one_graph(generation):
             )
             logits = step(**inputs).logits
             assert_same(logits, expected[:, : t + 1], mask[:, : t + 1])
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_a_cache_is_not_offloaded_from_nowhere(kind, monkeypatch):
+    """A CUDA build of PyTorch on a machine without a driver makes no stream, which transformers asks for."""
+
+    def no_stream(*args, **kwargs):
+        raise RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(torch, "Stream", no_stream)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    said = []
+    monkeypatch.setattr(cache_module.logger, "warning_once", said.append)
+    ours, (ids, _) = model("v3"), batch(24)
+    made = ours.generate(ids, cache_implementation=kind, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(made.sequences, ours.generate(ids, **GREEDY))
+    assert not made.cache.offloading
+    assert said == [f"cache_implementation='{kind}': there is no accelerator, so the cache is on the CPU as it is"]
+    assert ours.generation_config.cache_implementation is None
+    # Where there is one, transformers makes the cache that was asked for.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="driver"):
+        ours.generate(ids, cache_implementation=kind, **GREEDY)
 
 
 @torch.no_grad()

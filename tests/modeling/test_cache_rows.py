@@ -49,9 +49,7 @@ class Running:
             tokens = torch.stack([self.texts[row][read] for row, read in zip(self.rows, self.read, strict=True)])
             read, columns = torch.tensor(self.read)[:, None], max(self.read) + 1
             mask = (torch.arange(columns) >= columns - 1 - read).long()
-            logits = self.ours(
-                tokens[:, None], attention_mask=mask, position_ids=read, cache=self.cache
-            ).logits[:, 0]
+            logits = self.ours(tokens[:, None], attention_mask=mask, position_ids=read, cache=self.cache).logits[:, 0]
             expected = torch.stack([self.expected[row][at] for row, at in zip(self.rows, self.read, strict=True)])
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
             self.read = [at + 1 for at in self.read]
@@ -69,6 +67,7 @@ class Running:
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_rows_that_come_and_go_read_what_they_read_alone(generation: str) -> None:
     running = Running(model(generation))
     running.admit(0)
@@ -87,6 +86,7 @@ def test_rows_that_come_and_go_read_what_they_read_alone(generation: str) -> Non
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_nothing_stays_of_rows_that_left(generation: str) -> None:
     running = Running(model(generation))
     running.admit(2)
@@ -110,6 +110,7 @@ def test_nothing_stays_of_rows_that_left(generation: str) -> None:
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_memory_that_nothing_was_written_to_is_not_read(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.Tensor.new_empty
 
@@ -125,6 +126,7 @@ def test_memory_that_nothing_was_written_to_is_not_read(generation: str, monkeyp
 
 @torch.no_grad()
 @every_generation
+@pytest.mark.usefixtures("host_reads")
 def test_tokens_can_be_taken_back_after_rows_came(generation: str) -> None:
     running = Running(model(generation))
     running.admit(1)

@@ -72,6 +72,7 @@ def in_chunks(ours: FathomForCausalLM, ids: torch.Tensor, chunks: list[int], mas
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [25, 1, 1, 20, 13], [5] * 12], ids=str)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.usefixtures("host_reads")
 def test_left_padding(chunks, attn_implementation):
     """Rows finish their blocks at different times, and yet have the logits they have alone."""
     ours = model(attn_implementation=attn_implementation)
@@ -84,6 +85,7 @@ def test_left_padding(chunks, attn_implementation):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_padding_does_not_see_other_rows():
     """A row has as many entries as the longest; padding, which stands where the missing ones do, must not read them."""
     ours = model()
@@ -93,6 +95,7 @@ def test_padding_does_not_see_other_rows():
     torch.testing.assert_close(together.logits[1], alone.logits[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("host_reads")
 def test_generation_of_a_left_padded_batch():
     ours = model()
     ids, mask = left_padded([0, 5, 21], length=30)
@@ -105,6 +108,7 @@ def test_generation_of_a_left_padded_batch():
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.usefixtures("host_reads")
 def test_packed_documents(use_cache):
     """Windows, entries and indexers end with the document; with a cache too, and the last document can go on."""
     ours = model()
@@ -129,6 +133,7 @@ def test_packed_documents(use_cache):
 @pytest.mark.parametrize(
     ("recorded", "removed"), [(1, 1), (5, 1), (5, 4), (13, 1), (13, 11), (30, 1), (30, 4), (30, 11), (30, 29), (50, 50)]
 )
+@pytest.mark.usefixtures("host_reads")
 def test_crop_is_exact(recorded, removed):
     """Wrong tokens are read and removed again: what follows is as if they had never been there."""
     ours, kept = model(), LENGTH - recorded
@@ -146,6 +151,7 @@ def test_crop_is_exact(recorded, removed):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_crop_without_recording():
     ours = model()
     _, cache = in_chunks(ours, tokens(), [LENGTH])
@@ -163,6 +169,7 @@ def test_crop_without_recording():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_batch_operations_and_reset():
     ours = model()
     ids, mask = left_padded([0, 9, 14])
@@ -185,11 +192,10 @@ def test_batch_operations_and_reset():
     torch.testing.assert_close(continued(cache, zeros), expected, atol=1e-4, rtol=0)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(
-        ours(more, cache=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(ours(more, cache=cache).logits, ours(more, use_cache=False).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("host_reads")
 def test_prompt_lookup_equals_greedy():
     """Drafts are read and cropped by transformers' own assisted decoding."""
     ours = model()
@@ -199,6 +205,7 @@ def test_prompt_lookup_equals_greedy():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_equal_scores_choose_the_same_entries_in_prefill_and_decode():
     """One indexer head whose scores are nearly all 0: the choice is by age alone, and must not depend on the length."""
     ours = model(index_n_heads=1, index_topk=3)
@@ -209,6 +216,7 @@ def test_equal_scores_choose_the_same_entries_in_prefill_and_decode():
 
 @torch.no_grad()
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.usefixtures("host_reads")
 def test_entries_by_definition(overlap):
     """SPEC of the release's `Compressor`, channel by channel in float64."""
     width, m, length = 6, 4, 15
@@ -268,6 +276,7 @@ def test_a_mask_of_four_dimensions():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_a_row_of_padding_is_no_trouble():
     ids, mask = left_padded([0, LENGTH])
     logits = model()(ids, attention_mask=mask).logits
@@ -276,6 +285,7 @@ def test_a_row_of_padding_is_no_trouble():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.usefixtures("host_reads")
 def test_gradients_reach_every_parameter(checkpointing, depths):
     ours = model(num_nextn_predict_layers=depths, token_mixers=["swa", "csa", "hca", "csa", *["swa"] * depths]).train()
     if checkpointing:
@@ -285,6 +295,7 @@ def test_gradients_reach_every_parameter(checkpointing, depths):
     assert [name for name, p in ours.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.usefixtures("host_reads")
 def test_no_gradient_crosses_documents_or_the_future():
     ours = model().train()
     ids = tokens(1, 40)

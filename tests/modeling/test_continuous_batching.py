@@ -4,81 +4,16 @@ The oracle is `generate()` of the same call without a shared batch.
 """
 
 import copy
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from generations import GENERATIONS, model, tokens
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, set_seed
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
-
-from fathom.modeling.continuous_batching import SharedBatch
-
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
-PROMPTS = [tokens(1, length) for length in (5, 37, 11, 2, 24, 9)]
-THREAD = "fathom-shared-batch"
+from sharing import GREEDY, PROMPTS, Listener, sharing, start, threads, until
+from transformers import DynamicCache, GenerationConfig, set_seed
 
 every_generation = pytest.mark.parametrize("generation", GENERATIONS)
-
-
-class Forwards:
-    """The shapes [B, T] of a model's forwards, and a gate before them."""
-
-    def __init__(self, ours) -> None:
-        self.shapes: list[tuple[int, int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.hook = ours.register_forward_pre_hook(self.see, with_kwargs=True)
-
-    def see(self, module, args, kwargs) -> None:
-        assert self.gate.wait(30)
-        self.shapes.append(tuple(kwargs["input_ids"].shape))
-
-    @property
-    def rows(self) -> list[int]:
-        return [rows for rows, _ in self.shapes]
-
-
-@contextmanager
-def sharing(ours, **limits: int) -> Iterator[tuple[SharedBatch, Forwards]]:
-    forwards = Forwards(ours)
-    batch = ours.share_batch(**limits)
-    try:
-        yield batch, forwards
-    finally:
-        forwards.gate.set()
-        batch.close()
-        forwards.hook.remove()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.001)
-
-
-def start(ours, shared: tuple[SharedBatch, Forwards], prompts: list[torch.Tensor], **kwargs) -> list[Future]:
-    """Calls of `generate()`, in this order in the queue, before the first forward. What differs stands in lists."""
-    batch, forwards = shared
-    forwards.gate.clear()
-    pool, calls = ThreadPoolExecutor(len(prompts)), []
-    for index, prompt in enumerate(prompts):
-        own = {name: value[index] if isinstance(value, list) else value for name, value in kwargs.items()}
-        calls.append(pool.submit(ours.generate, prompt, **own))
-        until(lambda index=index: len(batch._waiting) + len(batch._joining) == index + 1)
-    pool.shutdown(wait=False)
-    forwards.gate.set()
-    return calls
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == THREAD]
 
 
 @every_generation
@@ -147,38 +82,13 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert forwards.shapes[:12] == [(1, 2), (1, 1), *[(1, 8), (1, 1)] * 4, (1, 5), (2, 1)]
 
 
-def test_rows_and_cached_tokens_have_a_limit() -> None:
+def test_the_number_of_rows_has_a_limit() -> None:
     ours = model("v3")
-    lengths = [prompt.shape[1] + GREEDY["max_new_tokens"] for prompt in PROMPTS]
-    # Room for the second, the longest, and two shorter ones beside it.
-    with sharing(ours, max_rows=5, max_cached_tokens=3 * max(lengths)) as shared:
+    expected = [ours.generate(prompt, **GREEDY) for prompt in PROMPTS]
+    with sharing(ours, max_rows=3) as shared:
         calls = start(ours, shared, PROMPTS, **GREEDY)
-        for call in calls:
-            call.result(60)
+        assert all(torch.equal(call.result(60), text) for call, text in zip(calls, expected, strict=True))
         assert max(shared[1].rows) == 3
-    # What does not fit at all runs alone.
-    with sharing(ours, max_rows=5, max_cached_tokens=max(lengths) - 1) as shared:
-        calls = start(ours, shared, PROMPTS[:3], **GREEDY)
-        expected = [call.result(60) for call in calls]
-        assert shared[1].rows == [1] * len(shared[1].rows)
-    assert all(torch.equal(ours.generate(p, **GREEDY), text) for p, text in zip(PROMPTS, expected, strict=False))
-
-
-class Listener:
-    """A streamer that keeps what it is given, and may raise at a token."""
-
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.parts: list[list[int]] = []
-        self.ended = False
-        self.fails_at = fails_at
-
-    def put(self, value: torch.Tensor) -> None:
-        self.parts.append(value.flatten().tolist())
-        if len(self.parts) - 1 == self.fails_at:
-            raise ConnectionError("nobody listens")
-
-    def end(self) -> None:
-        self.ended = True
 
 
 def test_tokens_are_streamed_one_by_one() -> None:
@@ -206,64 +116,6 @@ def test_whoever_stops_listening_leaves_at_once() -> None:
         assert len(shared[1].shapes) < 60
 
 
-class Failing(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        if input_ids.shape[1] > 40:
-            raise ZeroDivisionError("a processor of one's own")
-        return scores
-
-
-class Stubborn(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] > 14:
-            raise LookupError("a criterion of one's own")
-        return torch.zeros(1, dtype=torch.bool)
-
-
-def test_an_error_of_one_is_nobody_elses() -> None:
-    ours = model("v2")
-    expected = [ours.generate(prompt, **GREEDY) for prompt in (PROMPTS[0], PROMPTS[4])]
-    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2], torch.tensor([[5, 1000, 7]]), PROMPTS[4]]
-    none, failing, stubborn = (
-        LogitsProcessorList(),
-        LogitsProcessorList([Failing()]),
-        StoppingCriteriaList([Stubborn()]),
-    )
-    with sharing(ours) as shared:
-        calls = start(
-            ours,
-            shared,
-            prompts,
-            logits_processor=[none, failing, none, none, none],
-            stopping_criteria=[None, None, stubborn, None, None],
-            **GREEDY,
-        )
-        for call, kind in zip(calls[1:4], (ZeroDivisionError, LookupError, IndexError), strict=True):
-            with pytest.raises(kind):
-                call.result(60)
-        assert torch.equal(calls[0].result(60), expected[0])
-        assert torch.equal(calls[4].result(60), expected[1])
-
-
-def test_a_failed_step_ends_its_rows_and_not_the_batch() -> None:
-    ours = model("v3")
-    broken = threading.Event()
-
-    def breaks(module, args, kwargs) -> None:
-        if broken.is_set() and len(kwargs["input_ids"]) == 2:
-            raise torch.OutOfMemoryError("out of memory")
-
-    hook = ours.register_forward_pre_hook(breaks, with_kwargs=True)
-    with sharing(ours, max_rows=2) as shared:
-        broken.set()
-        calls = start(ours, shared, PROMPTS[:3], **GREEDY)
-        for call in calls[:2]:
-            with pytest.raises(RuntimeError, match="a forward of the shared batch failed: out of memory"):
-                call.result(60)
-        hook.remove()
-        assert torch.equal(calls[2].result(60), ours.generate(PROMPTS[2], **GREEDY))
-
-
 def test_closing_ends_texts_and_the_thread() -> None:
     ours = model("v4")
     expected = ours.generate(PROMPTS[0], **GREEDY)
@@ -284,6 +136,8 @@ def test_closing_ends_texts_and_the_thread() -> None:
     [
         {"num_beams": 2},
         {"use_mtp": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 2},
         {"return_dict_in_generate": True, "output_logits": True},
         {"use_cache": False},
         {"cache_implementation": "static"},
@@ -304,6 +158,26 @@ def test_what_cannot_be_a_row_is_generated_apart(apart: dict) -> None:
     if apart.get("return_dict_in_generate"):
         expected, text = expected.sequences, text.sequences
     assert torch.equal(text, expected)
+
+
+@pytest.mark.parametrize(
+    "apart", [{"assistant_early_exit": 1}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str
+)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_what_is_generated_apart_at_the_same_time_disturbs_no_row(generation: str, apart: dict) -> None:
+    """transformers drafts for an early exit with fewer layers in the config, which may not be that of the others."""
+    ours = model(generation)
+    expected = [ours.generate(prompt, **GREEDY, **(apart if n < 2 else {})) for n, prompt in enumerate(PROMPTS)]
+    layers = ours.config.num_hidden_layers
+    with sharing(ours), ThreadPoolExecutor(6) as pool:
+        for _ in range(2):
+            calls = [
+                pool.submit(ours.generate, prompt, **GREEDY, **(apart if n < 2 else {}))
+                for n, prompt in enumerate(PROMPTS)
+            ]
+            for call, text in zip(calls, expected, strict=True):
+                assert torch.equal(call.result(60), text)
+    assert ours.config.num_hidden_layers == layers
 
 
 def test_a_cache_of_the_callers_is_filled() -> None:
@@ -364,7 +238,7 @@ def test_positions_go_on_from_those_of_the_prompt() -> None:
         assert torch.equal(calls[0].result(60), expected)
 
 
-@pytest.mark.parametrize("limit", ["max_rows", "max_cached_tokens", "prefill_chunk"])
+@pytest.mark.parametrize("limit", ["max_rows", "max_cached_tokens", "prefill_chunk", "max_waiting"])
 def test_limits_are_positive(limit: str) -> None:
     with pytest.raises(ValueError, match=f"{limit}=0 must be at least 1"):
         model("v3").share_batch(**{limit: 0})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fathom.modeling import decoder_layer, fused, native
+from fathom.modeling import decoder_layer, fused, native, native_arguments
 from fathom.modeling.attention import MultiHeadAttention, MultiHeadLatentAttention, masked_softmax
 from fathom.modeling.compressed_attention import GroupedLinear
 from fathom.modeling.configuration_fathom import FathomConfig
@@ -503,16 +503,16 @@ def test_an_adapter_of_an_indexers_weights_is_heard(generation, monkeypatch):
 
 def test_masks_that_can_be_read():
     mask = torch.rand(2, 3, 5) < 0.5
-    assert fused.readable(None, 2, 3, 5)
-    assert fused.readable(mask, 2, 3, 5)
-    assert fused.readable(mask, 2, 3, 4)
-    assert fused.readable(mask[:1], 2, 3, 5)
-    assert fused.readable(mask[:1].expand(2, -1, -1), 2, 3, 5)
-    assert not fused.readable(mask, 2, 3, 6)
-    assert not fused.readable(mask, 2, 4, 5)
-    assert not fused.readable(mask, 3, 3, 5)
-    assert not fused.readable(mask.float(), 2, 3, 5)
-    assert not fused.readable(mask.transpose(1, 2), 2, 5, 3)
+    assert native_arguments.readable(None, 2, 3, 5)
+    assert native_arguments.readable(mask, 2, 3, 5)
+    assert not native_arguments.readable(mask, 2, 3, 4)
+    assert native_arguments.readable(mask[:1], 2, 3, 5)
+    assert native_arguments.readable(mask[:1].expand(2, -1, -1), 2, 3, 5)
+    assert not native_arguments.readable(mask, 2, 3, 6)
+    assert not native_arguments.readable(mask, 2, 4, 5)
+    assert not native_arguments.readable(mask, 3, 3, 5)
+    assert not native_arguments.readable(mask.float(), 2, 3, 5)
+    assert not native_arguments.readable(mask.transpose(1, 2), 2, 5, 3)
 
 
 def test_sparse_steps_are_native(monkeypatch):

@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 
-from fathom.modeling import fused, native
+from fathom.modeling import fused, native, native_build, native_library
 
 
 def has_compiler() -> bool:
     try:
-        return bool(native._compiler())
+        return bool(native_build._compiler())
     except OSError:
         return False
 
@@ -24,8 +24,6 @@ compiles = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compil
 @compiles
 def test_where_there_is_a_compiler_there_are_native_functions():
     """Other tests are skipped without them: source that does not compile must not go unseen."""
-    for number in native.NUMBERS.values():
-        assert native._built(number).is_file()
     assert native.wait()
 
 
@@ -34,8 +32,8 @@ def test_where_there_is_a_compiler_there_are_native_functions():
 def test_source_is_for_every_processor(dtype, tmp_path):
     """Built without the instructions and the threads that this machine may have: the same but for rounding."""
     target = tmp_path / "plain.so"
-    command = [native._compiler(), *native.FLAGS, f"-DNUMBER={native.NUMBERS[dtype]}"]
-    source = str(native.SOURCES / "kernels.cpp")
+    command = [native_build._compiler(), *native_build.FLAGS, f"-DNUMBER={native.NUMBERS[dtype]}"]
+    source = str(native_build.SOURCES / "kernels.cpp")
     subprocess.run([*command, source, "-o", str(target)], check=True, capture_output=True, timeout=300)
     assert native.wait(dtype)
     torch.manual_seed(0)
@@ -47,7 +45,7 @@ def test_source_is_for_every_processor(dtype, tmp_path):
     query, index_keys, heads = numbers(2, 3, 2, 20), numbers(2, 150, 22), numbers(5, 70)
     row_scales = torch.rand(21)
     found = []
-    for functions in (native._load(target), native.library(dtype)):
+    for functions in (native_library.load(str(target)), native.library(dtype)):
         kernels = fused.Kernels(functions)
         (product,) = kernels.project(x, weight)
         attended = kernels.attend_latents(query, keys, kv_b, 0.2, 28, 12, None)
@@ -59,44 +57,26 @@ def test_source_is_for_every_processor(dtype, tmp_path):
     assert (found[0][3] == found[1][3]).float().mean() > 0.95
 
 
-SILENT = "import torch\nfrom fathom.modeling import native\nprint(native.wait(), len(native._builds))"
-
-
-def run(code: str, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != "CXX"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_without_a_compiler_or_unwanted_nothing_is_native(tmp_path):
-    home = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert run(SILENT, FATHOM_KERNELS="0", **home) == "False 2"
-    assert run(SILENT, PATH=str(tmp_path), **home) == "False 2"
-    assert list(tmp_path.iterdir()) == []
-
-
 @compiles
-def test_a_build_is_kept_and_a_broken_compiler_is_survived(tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && echo 1 || exit 1\n")
-    broken.chmod(0o755)
-    assert run(SILENT, CXX=str(broken), XDG_CACHE_HOME=str(tmp_path / "none")) == "False 2"
-    assert not list((tmp_path / "none").rglob("*.so"))
+def test_a_build_is_kept_and_a_damaged_one_is_built_again(tmp_path):
     home = tmp_path / "home"
     code = "import torch\nfrom fathom.modeling import native\nprint(native.wait(torch.float32))"
-    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
-    (kept,) = [path for path in home.rglob("*") if path.is_file()]
-    built = kept.stat().st_mtime_ns
-    assert run(code, XDG_CACHE_HOME=str(home)) == "True"
+
+    def run() -> None:
+        environment = os.environ | {"XDG_CACHE_HOME": str(home)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        assert "native functions" not in done.stderr
+
+    run()
+    (kept,) = home.rglob("*.so")
+    built, whole = kept.stat().st_mtime_ns, kept.read_bytes()
+    run()
     assert kept.stat().st_mtime_ns == built
+    kept.write_bytes(whole[: len(whole) // 2])
+    run()
+    assert kept.read_bytes() == whole
 
 
 @compiles
@@ -106,8 +86,8 @@ def test_pytorch_serves_until_the_build_is_done(monkeypatch):
     monkeypatch.setattr(native, "_libraries", {})
     monkeypatch.setattr(native, "_builds", {})
     monkeypatch.setattr(fused, "_kernels", {})
-    built = native._built
-    monkeypatch.setattr(native, "_built", lambda number: begin.wait(60) and built(number))
+    provide = native.provide
+    monkeypatch.setattr(native, "provide", lambda number: begin.wait(60) and provide(number))
     x = torch.randn(1, 1, 16)
     with torch.no_grad():
         assert fused.kernels_for(False, 1, x) is None

@@ -19,6 +19,7 @@ from fathom.modeling import (
     native,
     native_compressed,
     native_layer,
+    native_step,
 )
 from fathom.modeling.cache import adopt_cache
 from fathom.modeling.configuration_fathom import FathomConfig
@@ -78,7 +79,7 @@ def module_by_module(monkeypatch):
     """Switches native layers off (and on again)."""
 
     def switch(off: bool) -> None:
-        for module in (native_layer, native_compressed):
+        for module in (native_step, native_compressed):
             monkeypatch.setattr(module, "native_layer", NOTHING if off else FOUND)
 
     class Nothing:

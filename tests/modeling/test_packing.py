@@ -11,6 +11,7 @@ ROWS = [[7, 1, 12, 5], [25], [1, 1, 2, 21]]
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("generation", ["v4", "v3.2", "v3", "v2", "moe", "classic"])
+@pytest.mark.usefixtures("host_reads")
 def test_packed_documents_equal_documents_alone(generation, attn_implementation, training):
     """With the defaults of a plain forward: no attention mask, and in evaluation a cache is made."""
     torch.manual_seed(0)
@@ -47,6 +48,7 @@ def test_packing_matters_in_this_test():
     assert difference.abs().max() > 0.1
 
 
+@pytest.mark.usefixtures("host_reads")
 def test_gradients_stay_within_a_document():
     torch.manual_seed(0)
     model = FathomForCausalLM(FathomConfig.preset("v3", hidden_size=64, vocab_size=97)).train()

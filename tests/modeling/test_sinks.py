@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, StaticCache
 
 from fathom import FathomConfig, FathomForCausalLM
 from fathom.modeling import compressed_attention, fused
-from fathom.modeling.compressed_attention import SlidingWindowAttention, reach
+from fathom.modeling.compressed_attention import SlidingWindowAttention
 from fathom.modeling.compressed_cache import DOCUMENT, NOWHERE
 from fathom.modeling.compressor import Compressor
 from fathom.modeling.sinks import eager_with_sinks, sdpa_with_sinks
+from fathom.modeling.text_parts import counted_entries, counted_reach, reach
 
 SHAPE = {
     "hidden_size": 64,
@@ -146,6 +148,7 @@ def cases() -> dict[str, dict]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", cases())
+@pytest.mark.usefixtures("host_reads")
 def test_entries_read_alone_are_those_read_by_all(case, monkeypatch):
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 7)
     monkeypatch.setattr(SlidingWindowAttention, "reading_alone_pays", lambda *_: True)
@@ -157,6 +160,7 @@ def test_entries_read_alone_are_those_read_by_all(case, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1, 5, 7, 59])
 @pytest.mark.parametrize("case", cases())
+@pytest.mark.usefixtures("host_reads")
 def test_parts_are_the_whole(case, at_once, monkeypatch):
     """Logits and gradients of a text that is read in parts; borders fall into windows, blocks and documents."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", at_once)
@@ -179,6 +183,7 @@ def test_parts_are_the_whole(case, at_once, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.usefixtures("host_reads")
 def test_parts_of_a_chunk_over_a_cache(alone, monkeypatch):
     """Whether queries read all entries or their own alone."""
     monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 5)
@@ -191,6 +196,47 @@ def test_parts_of_a_chunk_over_a_cache(alone, monkeypatch):
         logits.append(output.logits)
     expected = model("eager")(ids, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+@pytest.mark.usefixtures("host_reads")
+def test_parts_of_padded_chunks_over_a_cache(form, monkeypatch):
+    """Rows with padding before, between and behind their tokens, some of it in the cache and some in the chunk."""
+    monkeypatch.setattr(compressed_attention, "QUERIES_AT_ONCE", 5)
+    ours, ids, mask = model(), tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
+    mask[0, :13] = mask[1, 17:30] = mask[1, 40:44] = mask[2, 20:24] = mask[2, 52:] = 0
+    cache = DynamicCache(config=ours.config) if form == "dynamic" else StaticCache(ours.config, max_cache_len=64)
+    logits, seen = [], 0
+    for piece in ids.split([22, 1, 30, 7], dim=1):
+        seen += piece.shape[1]
+        logits.append(ours(piece, attention_mask=mask[:, :seen], cache=cache).logits)
+    expected = model("eager")(ids, attention_mask=mask, use_cache=False).logits
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, dim=1)[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_counted_columns_are_those_that_are_reached(window):
+    """Rows whose padding comes first, of one length or several documents: what `reach` finds is among them."""
+    block, queries, keys = 4, 23, 30
+    places = torch.full((3, keys), NOWHERE)
+    places[0] = torch.arange(5, 5 + keys)  # goes on from tokens that are not here
+    places[1, 11:] = torch.cat((torch.arange(9), DOCUMENT + torch.arange(10)))
+    places[2, -1:] = 0
+    entry_places = torch.full((3, -(-keys // block)), NOWHERE)
+    for row in range(3):
+        whole = places[row][(places[row] % DOCUMENT % block == block - 1) & (places[row] != NOWHERE)]
+        entry_places[row, : len(whole)] = whole
+    for start in range(0, queries, 6):
+        part = slice(start, start + 6)
+        some = places[:, keys - queries :][:, part]
+        near, counted = reach(some, places, window), counted_reach(part, queries, keys, window)
+        assert counted.start <= near.start
+        assert near.stop <= counted.stop <= keys
+        assert counted.stop - counted.start <= 6 + window - 1
+        count = counted_entries(part, queries, entry_places.shape[1], block)
+        assert reach(some, entry_places, None).stop <= count <= entry_places.shape[1]
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def test_best_are_the_largest_and_of_equal_ones_the_last(top_k):
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 7, 11])
+@pytest.mark.usefixtures("host_reads")
 def test_indices_of_the_best_are_the_same_choice(top_k):
     scores = torch.randint(-1, 3, (2, 25, 12), generator=torch.Generator().manual_seed(top_k)).float()
     scores[0, :, 8:] = float("-inf")
@@ -120,6 +121,7 @@ def test_indices_of_the_best_are_the_same_choice(top_k):
 
 @pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
 @pytest.mark.parametrize(("queries", "keys"), [(12, 12), (4, 12), (1, 12)])
+@pytest.mark.usefixtures("host_reads")
 def test_hidden_keys_are_never_chosen(queries, keys, kind):
     """And hidden ones, be they as good as can be, take no place from visible ones."""
     scores = torch.randint(0, 4, (3, queries, keys), generator=torch.Generator().manual_seed(0)).float()
@@ -199,6 +201,7 @@ def cached_logits(trained: FathomForCausalLM, ids: torch.Tensor, chunks: list[in
 @pytest.mark.parametrize("heads", [1, 2, 32])
 @pytest.mark.parametrize("cache", ["dynamic", "by config", "static"])
 @pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 1, 20], [25, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.usefixtures("host_reads")
 def test_decoding_equals_prefill_also_with_ties(chunks, cache, heads):
     """One head scores half of all keys 0. The length crosses `index_topk` by single tokens and inside a chunk."""
     trained = model(index_n_heads=heads)
@@ -215,6 +218,7 @@ def test_decoding_equals_prefill_also_with_ties(chunks, cache, heads):
 @pytest.mark.parametrize("kind", ["none", "longer", "padded", "additive"])
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("heads", [1, 32])
+@pytest.mark.usefixtures("host_reads")
 def test_a_text_in_parts_is_the_text_at_once(heads, alone, kind, monkeypatch):
     """Outputs and gradients; with one indexer head also where scores are equal."""
     torch.manual_seed(0)
@@ -255,6 +259,7 @@ def test_a_text_in_parts_is_the_text_at_once(heads, alone, kind, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * 30, [7, 1, 1, 1, 20], [25, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.usefixtures("host_reads")
 def test_decoding_equals_prefill_in_parts(chunks, monkeypatch):
     monkeypatch.setattr("fathom.modeling.sparse_attention.QUERIES_AT_ONCE", 4)
     monkeypatch.setattr(DeepseekSparseAttention, "reading_alone_pays", lambda self, seen: seen % 2 == 1)
@@ -330,6 +335,7 @@ def test_beam_search_is_that_without_a_cache(heads):
     assert torch.equal(trained.generate(ids, **settings), expected)
 
 
+@pytest.mark.usefixtures("host_reads")
 def test_drafted_tokens_are_rolled_back():
     """Prompt lookup drafts from a repeated prompt; the tokens are those of plain decoding."""
     trained = model()
@@ -358,6 +364,7 @@ def test_cache_holds_a_latent_a_rotary_key_and_an_indexer_key_per_token():
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("host_reads")
 def test_left_padding_takes_no_places():
     trained = model()
     ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)

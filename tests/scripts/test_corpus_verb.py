@@ -49,6 +49,19 @@ def test_several_sources_and_a_config_file(docs, capsys):
     assert len(names) == 101
 
 
+def test_says_what_it_left_out_and_how_it_read(docs, capsys):
+    (docs / "latin.txt").write_bytes("Où êtes-vous né ?".encode("latin-1"))
+    (docs / "cyrillic.txt").write_bytes("Съешь же ещё этих".encode("cp1251"))
+    (docs / "settings.json").write_text('{"indent": 2}')
+    (docs / "link.txt").symlink_to("/etc/hostname")
+    assert cli.main(["corpus", "docs"]) == 0
+    output = capsys.readouterr().out
+    assert "1 files decoded from cp1252" in output
+    assert "in no encoding that is sure (save text as UTF-8): docs/binary.txt; docs/cyrillic.txt" in output
+    assert "not read: docs/settings.json:1 has no 'text', only 'indent'" in output
+    assert "1 links that lead out of their folder" in output
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -62,6 +62,8 @@ def test_the_run_folder_holds_a_model_for_plain_transformers(whole):
     assert loaded.config.vocab_size == len(tokenizer)
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
     assert loaded.generation_config.do_sample
+    assert loaded.generation_config.max_new_tokens is None
+    assert loaded.config.use_cache
     assert (whole / "chat_template.jinja").is_file()
     assert not list(whole.glob("*.bin"))
     assert not list(whole.glob(".*"))

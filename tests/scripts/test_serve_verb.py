@@ -1,9 +1,11 @@
 """`fathom serve` as a process: OpenAI's own client gets what the model itself generates, from every generation."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,13 +20,14 @@ from fathom.training.checkpoints import load_model, load_tokenizer
 
 pytest.importorskip("uvicorn", reason="needs fathom-lm[serve]")
 openai = pytest.importorskip("openai", reason="needs fathom-lm[serve]")
+httpx = pytest.importorskip("httpx", reason="needs fathom-lm[serve]")
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 * 2?"}]
 NEW_TOKENS = 12
 
 
 @contextmanager
-def serving(*words: str) -> Iterator["openai.OpenAI"]:
+def started(*words: str) -> Iterator[tuple["openai.OpenAI", subprocess.Popen]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -41,10 +44,16 @@ def serving(*words: str) -> Iterator["openai.OpenAI"]:
         else:
             pytest.fail("".join(lines))
         assert lines[0] == f"serve   http://127.0.0.1:{port}/v1  (Ctrl-C ends it)\n"
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60), process
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+@contextmanager
+def serving(*words: str) -> Iterator["openai.OpenAI"]:
+    with started(*words) as (client, _):
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,42 @@ def test_requests_at_the_same_time_get_what_each_gets_alone(tmp_path: Path) -> N
         assert client.chat.completions.create(**requests[2]).choices[0].message.content == alone[2]
 
 
-@pytest.mark.parametrize("handler", ["ChatRequests", "TextRequests"])
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGINT] * 4, [signal.SIGTERM, signal.SIGINT]],
+    ids=lambda signals: "+".join(each.name for each in signals),
+)
+def test_it_ends_within_seconds_with_streams_open(tmp_path: Path, signals: list[signal.Signals]) -> None:
+    """However often it is told to, it does not abort."""
+    save_with_tokenizer(tmp_path, "v3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100000}))
+    with started(str(tmp_path)) as (client, process):
+        request = {"model": str(tmp_path), "messages": MESSAGES, "max_tokens": 50000, "temperature": 0}
+        streams = [client.chat.completions.create(**request, stream=True) for _ in range(10)]
+        for stream in streams[:8]:  # two more wait
+            for _ in range(3):
+                next(iter(stream))
+        for each in signals:
+            process.send_signal(each)
+            time.sleep(0.3)
+        process.wait(timeout=12)
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert process.stdout is not None
+        assert "terminate called" not in process.stdout.read()
+
+
+def test_a_request_without_a_prompt_ends_nothing(tmp_path: Path) -> None:
+    save_with_tokenizer(tmp_path, "v2")
+    with serving(str(tmp_path)) as client:
+        for prompt in ({}, {"prompt": ""}):
+            answer = httpx.post(f"{client.base_url}completions", json={"max_tokens": 4, **prompt})
+            assert answer.status_code == 400
+            assert "the prompt is empty" in answer.text
+        assert client.completions.create(model=str(tmp_path), prompt="def", max_tokens=4).choices[0].text
+
+
+@pytest.mark.parametrize("handler", ["ChatRequests", "TextRequests", "ResponseRequests"])
 def test_a_requests_seed_is_its_rows_own(handler: str) -> None:
     """The process's, which transformers sets, another request may have set again before the first draw."""
     from transformers import GenerationConfig
@@ -134,7 +178,10 @@ def test_a_requests_seed_is_its_rows_own(handler: str) -> None:
         (["./nowhere"], "nowhere"),
         (["{folder}"], "no tokenizer.json"),
         (["{folder}", "--port", "70000"], "port=70000 must be between 1 and 65535"),
-        (["{folder}", "--max_rows", "0"], "max_rows=0 must be at least 1"),
+        *[
+            (["{folder}", f"--{name}", "0"], f"{name}=0 must be at least 1")
+            for name in ("max_rows", "max_cached_tokens", "max_waiting", "max_body")
+        ],
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:

@@ -300,16 +300,14 @@ class TestLoad:
         tensors = load_file(model / "model.safetensors")
         del tensors["model.norm.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(UserError, match=r"1 tensors are missing, first model\.norm\.weight"):
+        with pytest.raises(UserError, match=r"1 tensor is missing that the config expects: norm\.weight"):
             load_model(str(model))
 
     def test_one_expert_is_missing(self, model: Path):
         tensors = load_file(model / "model.safetensors")
         del tensors["model.layers.1.mlp.experts.2.down_proj.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(
-            UserError, match=r"layers\.1\.mlp\.experts\.down_proj is \[3, 64, 32\], should be \[4, 64, 32\]"
-        ):
+        with pytest.raises(UserError, match=r"1 tensor is missing .*: layers\.1\.mlp\.experts\.2\.down_proj\.weight"):
             load_model(str(model))
 
     @pytest.mark.parametrize(("key", "value"), [("hidden_size", 96), ("vocab_size", 300)])

@@ -3,14 +3,19 @@
 import gzip
 import json
 import lzma
+import random
+import re
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from fathom.training import corpus
-from fathom.training.corpus import HELDOUT_FRACTION, build_corpus, heldout, load_corpus, stdlib_files
+from fathom.training import corpus, sources, text_files
+from fathom.training.corpus import HELDOUT_FRACTION, build_corpus, heldout, load_corpus
 from fathom.training.errors import UserError
+from fathom.training.sources import stdlib_files
 
 
 def write_documents(folder: Path, count: int, prefix: str = "") -> dict[str, str]:
@@ -49,7 +54,8 @@ def test_reads_every_format_without_changing_text(tmp_path):
     (folder / "image.txt").write_bytes(b"\x89PNG\r\n\xff\xfe")
     (folder / "nul.txt").write_bytes(b"looks like text\0but is not")
     (folder / "empty.py").write_bytes(b"")
-    (folder / "ignored.csv").write_text("a,b\n")
+    (folder / "numbers.csv").write_text("a,b\n1,2\n")
+    (folder / "settings.json").write_text('{"indent": 2}')
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "secret.txt").write_text("secret\n")
     (folder / "again.txt").write_bytes(b"one\r\ntwo\r\n")
@@ -73,6 +79,119 @@ def test_reads_every_format_without_changing_text(tmp_path):
     assert report.duplicates == 1  # windows.txt
     assert report.skipped == 6  # null, lone surrogate, blank row, two binary files, empty file
     assert report.files == 9
+    assert [line.split()[0] for line in report.unread] == ["mixed/numbers.csv", "mixed/settings.json:1"]
+
+
+KINDS = {
+    "a.csv": b"text,n\nfrom csv,1\n",
+    "a.tsv": b"n\ttext\n1\tfrom tsv\n",
+    "a.json": b'[{"text": "from json"}]',
+    "a.jsonl.gz": gzip.compress(b'{"text": "from jsonl.gz"}\n'),
+    "a.txt.gz": gzip.compress(b"from txt.gz"),
+    "b.txt.zst": pa.compress(b"from txt.zst", "zstd", asbytes=True),
+    "c.zst": pa.compress(b"from zst", "zstd", asbytes=True),
+    "a.md.xz": lzma.compress(b"from md.xz"),
+    "gbk.txt": "深度学习是机器学习的一个分支。".encode("gbk"),
+    "latin-1.txt": "Où êtes-vous né ?".encode("latin-1"),
+    "utf-16.txt": "UTF-16 深".encode("utf-16"),
+}
+EXPECTED = {
+    *(f"from {name}" for name in ("csv", "tsv", "json", "jsonl.gz", "txt.gz", "txt.zst", "zst", "md.xz")),
+    *("深度学习是机器学习的一个分支。", "Où êtes-vous né ?", "UTF-16 深"),
+}
+
+
+def test_further_kinds_and_encodings(tmp_path):
+    write_documents(tmp_path / "docs", 30)
+    for name, data in KINDS.items():
+        (tmp_path / "docs" / name).write_bytes(data)
+    (tmp_path / "docs" / "polish.txt").write_bytes("Zażółć gęślą jaźń".encode("cp1250"))
+    (tmp_path / "docs" / "cyrillic.csv").write_bytes("text\nСъешь же ещё этих\n".encode("cp1251"))
+    report = build_corpus([str(tmp_path / "docs")], tmp_path / "out")
+    found = {text for split in load_corpus(tmp_path / "out").values() for text in split["text"]}
+    assert {text for text in found if "document" not in text} == EXPECTED
+    assert report.encodings == {"gb18030": 1, "cp1252": 1, "utf-16": 1}
+    assert report.undecoded == ["docs/cyrillic.csv", "docs/polish.txt"]
+    with pytest.raises(UserError, match=r"polish\.txt; save text as UTF-8"):
+        build_corpus([str(tmp_path / "docs" / "polish.txt")], tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".gz", ".zst", ".xz"))])
+def test_a_file_that_ends_too_early_is_named(tmp_path, name):
+    write_documents(tmp_path, 3)
+    (tmp_path / name).write_bytes(KINDS[name][:-9])
+    with pytest.raises(UserError, match=rf"cannot read \S*{re.escape(name)}: "):
+        build_corpus([str(tmp_path)], tmp_path / "out")
+
+
+LETTERS = "".join(random.Random(0).choices("ACGT", k=50_000))
+
+
+@pytest.mark.parametrize("text", [LETTERS, "word " * 3000, "深" * 4000, "title\n" + LETTERS], ids=str.__len__)
+def test_one_document_without_newlines_is_cut_within_its_line(tmp_path, text):
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    build_corpus([str(tmp_path / "one.txt")], tmp_path / "out")
+    splits = load_corpus(tmp_path / "out")
+    (train,), heldout = splits["train"]["text"][:], splits["heldout"]["text"][0]
+    assert train + heldout == text
+    assert 0.03 < len(heldout) / len(text) < 0.08
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "json", "parquet", "txt.gz"])
+def test_long_documents_come_in_parts(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1000)
+    monkeypatch.setattr(text_files, "LONGEST_DOCUMENT", 1000)
+    text = " ".join(random.Random(0).choices(("some", "words", "of", "a", "text"), k=9000))
+    path = tmp_path / f"long.{kind}"
+    if kind.startswith("txt"):
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    elif kind == "parquet":
+        Dataset.from_dict({"text": [text]}).to_parquet(str(path))
+    else:
+        path.write_text(
+            {"csv": f"text\n{text}\n", "jsonl": json.dumps({"text": text}), "json": json.dumps([{"text": text}])}[kind]
+        )
+    build_corpus([str(path)], tmp_path / "out")
+    rows = [(row["name"], row["text"]) for split in load_corpus(tmp_path / "out").values() for row in split]
+    name = f"long.{kind}" if kind.startswith("txt") else f"long.{kind}:1"
+    parts = sorted(rows, key=lambda row: int(row[0].rpartition(" ")[2].rstrip(")")))
+    assert parts[0][0] == f"{name} (part 1)"
+    assert "".join(part for _, part in parts) == text
+    assert max(len(part) for _, part in parts) <= 1000
+    assert all(part.startswith(" ") for _, part in parts[1:])
+
+
+def test_a_long_line_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    for module in (corpus, text_files):
+        monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1 << 16)
+    monkeypatch.setattr(corpus, "_BYTES_AT_ONCE", 1 << 18)
+    # xz -9 alone takes 674 MB, for any text.
+    monkeypatch.setattr(corpus, "_compressed", lambda texts: (sum(len(text.encode()) for text in texts), 1.0, 1.0))
+    size = 16 << 20
+    with (tmp_path / "line.txt").open("w") as file:
+        for n in range(size >> 10):
+            file.write(f"{n:1023d} ")
+    # What is imported while the first corpus is built counts for that.
+    write_documents(tmp_path / "small", 30)
+    build_corpus([str(tmp_path / "small")], tmp_path / "out")
+    tracemalloc.start()
+    try:
+        report = build_corpus([str(tmp_path / "line.txt")], tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert report.bytes == size
+    assert peak < size / 2
+
+
+@pytest.mark.parametrize("out", ["/proc/corpus", "/proc/self/corpus", "/dev/null/corpus", "x" * 300, "file/corpus"])
+def test_places_that_cannot_be_written(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "docs", 30)
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match="cannot save to") as error:
+        build_corpus(["docs"], Path(out))
+    assert "\n" not in str(error.value)
 
 
 def test_compression_is_that_of_the_held_out_text(tmp_path):
@@ -215,7 +334,7 @@ def test_datasets_name(tmp_path, monkeypatch):
         calls.append((arguments, options))
         return Dataset.from_dict({"body": [f"story {at}\n" for at in range(100)]}).to_iterable_dataset()
 
-    monkeypatch.setattr(corpus, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     report = build_corpus(["owner/stories:small"], tmp_path / "out", text_column="body")
     assert calls == [(("owner/stories", "small"), {"split": "train", "streaming": True})]
     assert report.train_documents + report.heldout_documents == 100
@@ -227,7 +346,7 @@ def test_datasets_error_is_one_line(tmp_path, monkeypatch):
     def load_dataset(*arguments, **options):
         raise ConnectionError("Couldn't reach the Hub\nwith a long story")
 
-    monkeypatch.setattr(corpus, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"owner/stories is no file or folder here, .*: Couldn't reach the Hub$"):
         build_corpus(["owner/stories"], tmp_path / "out")
 

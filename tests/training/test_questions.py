@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from fathom.training import corpus, questions
+from fathom.training import questions, sources
 from fathom.training.corpus import build_corpus, load_corpus
 from fathom.training.errors import UserError
 from fathom.training.questions import docstring_conversations, load_conversations
@@ -239,7 +239,7 @@ def test_parquet_and_datasets_names(tmp_path, monkeypatch):
     assert from_file["train"].column_names == ["messages", "source"]
 
     opened = DatasetDict(train=table)
-    monkeypatch.setattr(corpus, "load_dataset", lambda *arguments, **options: opened)
+    monkeypatch.setattr(sources, "load_dataset", lambda *arguments, **options: opened)
     from_hub = load_conversations("owner/chats")
     assert from_hub["heldout"]["messages"][:] == from_file["heldout"]["messages"][:]
 

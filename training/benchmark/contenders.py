@@ -24,6 +24,8 @@ from transformers.utils import logging
 
 from ...modeling.configuration_fathom import FathomConfig
 from ...modeling.modeling_fathom import FathomForCausalLM
+from ..checkpoint_check import read_model_config
+from ..checkpoint_files import read_config
 from ..errors import UserError
 from ..export import export_checkpoint
 
@@ -51,7 +53,7 @@ def random_checkpoint(folder: Path, generation: str, size: str, **overrides: Any
 
 def stock_checkpoint(source: Path, target: Path) -> str | None:
     """Writes `source` for transformers' own class. Returns why there is none; None if there is one."""
-    if FathomConfig.from_pretrained(source).generation == "moe":
+    if read_model_config(read_config(source), str(source)).generation == "moe":
         return "transformers has no class for DeepSeekMoE"
     try:
         export_checkpoint(source, target, "transformers")

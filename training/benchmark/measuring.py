@@ -35,12 +35,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...modeling.configuration_fathom import FathomConfig
 from ...modeling.experts import RoutedExperts
-from ...modeling.presets import GENERATIONS, SIZES, UNSAID
-from ..checkpoints import MODEL_TYPE, check_checkpoint, load_tokenizer
+from ...modeling.presets import GENERATIONS, SIZES
+from ...tokenizer import encode_text
+from ..checkpoint_check import whole_model
 from ..errors import UserError, did_you_mean
 from ..flops import training_flops_per_token
+from ..loading import load_tokenizer
 from .contenders import (
     CONTENDERS,
     Contender,
@@ -138,8 +139,7 @@ class Plan:
         if self.checkpoint is not None and self.override:
             raise UserError("--override is for models with random weights; a model of yours has its own config")
         if self.checkpoint is not None:
-            check_checkpoint(Path(self.checkpoint), (MODEL_TYPE, *UNSAID))
-            config = FathomConfig.from_pretrained(self.checkpoint)
+            config = whole_model(Path(self.checkpoint), read_values=True).config
             if "draft" in self.contenders and not config.num_nextn_predict_layers:
                 raise UserError(f"{self.checkpoint} has no MTP layers to draft with; leave `draft` out of --contenders")
             if self.longest > config.max_position_embeddings:
@@ -290,7 +290,7 @@ def source_code_ids(checkpoint: Path) -> torch.Tensor | None:
     if not (checkpoint / "tokenizer.json").is_file():
         return None
     text = "\n".join(inspect.getsource(module) for module in (argparse, inspect, tempfile, statistics))
-    return torch.tensor(load_tokenizer(str(checkpoint))(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(encode_text(load_tokenizer(str(checkpoint)), text))
 
 
 def measure_prefill(plan: Plan, case: Case, contenders: Sequence[Contender], text) -> dict[str, Any]:
