@@ -5,8 +5,9 @@
     caller     <-- stream(): one `Progress` per piece of text, and at least every `TICK` seconds
 
 Whatever ends the caller (a stop button, a closed tab, Ctrl-C, an exception) closes the generator, which sets the
-stop event, which the stopping criterion reads after every token: no forward pass runs for nobody. Only the
-transformers interface is needed: `generate()` and `config.max_position_embeddings`.
+stop event and cancels the text: no forward pass runs for nobody. A row of a shared batch ends at once, also while it
+waits or its prompt is being read; a text that is generated apart ends after its next token. Only the transformers
+interface is needed: `generate()` and `config.max_position_embeddings`.
 
 Chat format: DeepSeek-V3.1, where the prompt ends in `<think>` (reasoning first) or `</think>` (answer at once).
 """
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from ..modeling.batch_rows import Cancellation, SharedBatchFull
 from ..tokenizer import check_text, encode_chat, encode_text
 from ..training.chat_templates import check_template
 from ..training.errors import UserError, reason
@@ -149,7 +151,8 @@ def stream(
         tokenizer: decodes the new tokens.
         prompt: token ids, the model's whole input.
         sampling: how tokens are chosen, and how many at most.
-        stop: set it from anywhere to end generation after the token in work. It is always set in the end.
+        stop: set it from anywhere to end generation within `TICK` seconds, or after the token in work. It is always
+            set in the end.
         draft: let the model's MTP layers draft.
 
     Yields:
@@ -157,9 +160,11 @@ def stream(
             pass, with or without new text, so that the caller can be closed while a prompt is being read.
 
     Raises:
-        UserError: the prompt fills the context, or there are no MTP layers to draft.
+        UserError: the prompt is empty or fills the context, too many texts wait, or there are no MTP layers to draft.
         Exception: whatever `generate()` raised in its thread.
     """
+    if not prompt:
+        raise UserError("the prompt is empty; write a word to start from")
     if draft and not getattr(model.config, "num_nextn_predict_layers", 0):
         raise UserError("the model has no MTP layers to draft with (num_nextn_predict_layers is 0); leave --draft out")
     context = model.config.max_position_embeddings
@@ -171,10 +176,10 @@ def stream(
         )
     limit = min(sampling.max_new_tokens, room)
     stop = stop or threading.Event()
-    watch = _Watch(len(prompt), stop)
+    watch, cancellation = _Watch(len(prompt), stop), Cancellation()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=TICK, skip_special_tokens=True)
     eos = _eos_ids(model, tokenizer)
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def generate() -> None:
         input_ids = torch.tensor([list(prompt)], device=model.device)  # [1, T]
@@ -185,12 +190,14 @@ def stream(
                 max_new_tokens=limit,
                 eos_token_id=eos or None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), None),
-                stopping_criteria=[watch],
+                stopping_criteria=[watch, cancellation],
                 streamer=streamer,
                 use_mtp=draft or None,
+                num_beams=1,  # whatever the checkpoint says: beams cannot be streamed
                 **sampling.generate_kwargs(),
             )
-        except Exception as error:
+        # Panics of Rust extensions are no `Exception`; without this the caller would wait for ever.
+        except BaseException as error:
             failures.append(error)
             streamer.text_queue.put(streamer.stop_signal)
 
@@ -217,16 +224,30 @@ def stream(
                 pass
             except StopIteration:
                 break
+            if stop.is_set():
+                cancellation.cancel()
             yield progress()
         if failures:
-            raise failures[0]
+            raise failure_of(failures[0])
         if watch.latest_token in eos:
             yield progress("eos")
         else:
             yield progress("length" if watch.new_tokens >= limit else "stopped")
     finally:
         stop.set()
+        cancellation.cancel()
         worker.join(JOIN)
+
+
+def failure_of(error: BaseException) -> Exception:
+    """What a caller is told of an error in the thread of `generate()`: an `Exception`, which ends nobody else."""
+    if isinstance(error, SharedBatchFull):
+        return UserError("as many answers are being given or wait as may; try again later")
+    if isinstance(error, Exception):
+        return error
+    wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def stream_reply(

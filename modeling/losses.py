@@ -7,6 +7,10 @@ of them: for 129,280 words and 4096 tokens more than 4 GB. Here a chunk of token
 backward, while its logits are there; kept are the gradients of h and W, which are needed anyway. No product is computed
 twice. (The idea is that of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989, section 3.2.)
 
+A batch may have no target: prompts without an answer, answers cut off, padding. Its sums are 0 then, and so are its
+loss and all gradients; they are not divided by the number of targets (`divisor`), as 0 / 0 in one step would be every
+weight of the next. Gradients are zeros and not missing, since other ranks wait for them.
+
 Shapes: N tokens, d width, V vocabulary; L indexers, F figures of each, B batch, T tokens per row.
 """
 
@@ -35,6 +39,21 @@ def tokens_at_once(vocab_size: int, device: torch.device) -> int:
     return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
+def divisor(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+    """What sums over targets are divided by; at least 1, for the sum of no targets.
+
+    Args:
+        targets: of any shape, -100 where there is none.
+        num_items: number of targets of the whole optimizer step. None: that of `targets`, for their mean.
+    """
+    if num_items is None:
+        num_items = (targets != IGNORED).sum()
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(targets.device)
+        return num_items + (num_items == 0)
+    return num_items or 1
+
+
 class LossTerms(NamedTuple):
     """The terms of a language model's loss, unweighted but for balance, and the MTP layers' expert counts."""
 
@@ -43,10 +62,9 @@ class LossTerms(NamedTuple):
     balance_loss: torch.Tensor | None = None
     indexer_figures: dict[str, torch.Tensor] | None = None
     draft_counts: torch.Tensor | None = None
+    share: torch.Tensor | None = None  # see `share_of_batch`
 
-    def weighed(
-        self, config, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor | None:
+    def weighed(self, config) -> torch.Tensor | None:
         """The loss of training: the sum of all terms that there are, with their weights."""
         loss = self.next_token
         if loss is None:
@@ -56,15 +74,16 @@ class LossTerms(NamedTuple):
         if self.indexer_figures is not None:
             loss = loss + config.indexer_loss_coef * self.indexer_figures["loss"]
         if self.balance_loss is not None:
-            loss = loss + self.balance_loss * share_of_batch(labels, num_items_in_batch)
+            loss = loss + self.balance_loss * self.share
         return loss
 
 
-def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """This micro-batch's share of the optimizer step's targets, the weight of a per-batch mean in the step's loss."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+def share_of_batch(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """This micro-batch's share of the optimizer step's targets, the weight of a per-batch mean in the step's loss.
+
+    1 where the step has no other; 0 without targets.
+    """
+    return (targets != IGNORED).sum() / divisor(targets, num_items)
 
 
 def indexer_figures(
@@ -74,16 +93,15 @@ def indexer_figures(
 
     Args:
         reports: [L, F, B, T] of some layers, and the targets [B, T] of their queries.
-        num_items: what sums over queries are divided by. None: the number of the first targets.
+        num_items: what sums over queries are divided by (`divisor`). None: the number of the first targets.
     """
     found = [(report, targets != IGNORED) for report, targets in reports if report is not None]
     if not found:
         return None
-    if num_items is None:
-        num_items = found[0][1].sum().clamp(min=1)
+    first_targets = next(targets for report, targets in reports if report is not None)
     layers = sum(len(report) for report, _ in found)
     sums = torch.stack([(report * seen).sum(dim=(0, 2, 3)) for report, seen in found]).sum(dim=0)  # [F]
-    return dict(zip(REPORT, sums / (layers * num_items), strict=False))
+    return dict(zip(REPORT, sums / (layers * divisor(first_targets, num_items)), strict=False))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -137,16 +155,15 @@ def head_cross_entropy(
         head: linear, without bias. One that is wrapped or hooked (LoRA, tensor parallelism) is called as a whole.
         hidden_states: [..., d].
         targets: [...], what each position is to predict; -100 is ignored.
-        num_items: what the sum is divided by. None: the number of targets, so that the result is their mean.
+        num_items: what the sum is divided by (`divisor`). None: the number of targets, so that the result is their
+            mean.
 
     Returns:
         Scalar in fp32 (float64 for such inputs); 0 where there are no targets.
     """
     hidden_states, targets = hidden_states.flatten(0, -2), targets.flatten()
-    if num_items is None:
-        num_items = (targets != IGNORED).sum().clamp(min=1)
-    if isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(hidden_states.device)
+    targets = targets.to(hidden_states.device)
+    num_items = divisor(targets, num_items)
     if host_can_read(targets):
         seen = targets != IGNORED
         hidden_states, targets = hidden_states[seen], targets[seen]

@@ -10,7 +10,8 @@ Shapes: B batch, T tokens, d width, V vocabulary, E routed experts, M layers wit
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -52,7 +53,7 @@ from .idle_parameters import take_part
 from .indexing import TrainableIndexer
 from .int8 import is_quantized, quantize
 from .last_token import of_last, reads_last_alone
-from .losses import IGNORED, LossTerms, head_cross_entropy, indexer_figures
+from .losses import IGNORED, LossTerms, divisor, head_cross_entropy, indexer_figures, share_of_batch
 from .masks import causal_mask
 from .memory import keep_freed_memory
 from .multi_token_prediction import DraftOutput, MultiTokenPredictionLayer, look_ahead, targets_ahead
@@ -524,9 +525,7 @@ class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
                 expert_counts = drafts if expert_counts is None else torch.cat((expert_counts, drafts))
 
         return FathomCausalLMOutput(
-            loss=terms.weighed(self.config, labels, kwargs.get("num_items_in_batch"))
-            if self.training
-            else terms.next_token,
+            loss=terms.weighed(self.config) if self.training else terms.next_token,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
@@ -549,16 +548,17 @@ class FathomForCausalLM(FathomPreTrainedModel, FathomGenerationMixin):
         **kwargs,
     ) -> LossTerms:
         """All that is known of the loss: next token, MTP, balance, indexers. Without `logits` in chunks of tokens."""
-        num_items = kwargs.get("num_items_in_batch")
+        num_items = kwargs.pop("num_items_in_batch", None)
         targets = kwargs.get("shift_labels")
         targets = look_ahead(labels, 1, fill=IGNORED) if targets is None else targets
         if logits is None:
             next_token = head_cross_entropy(self.lm_head, outputs.last_hidden_state, targets, num_items)
         else:
-            next_token = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        terms = LossTerms(next_token, balance_loss=outputs.balance_loss)
+            how = {"vocab_size": self.config.vocab_size, "num_items_in_batch": divisor(targets, num_items), **kwargs}
+            next_token = self.loss_function(logits=logits, labels=labels, **how)
+        terms = LossTerms(next_token, balance_loss=outputs.balance_loss, share=share_of_batch(targets, num_items))
         reports = [(outputs.indexer_reports, targets)]
-        if self.config.num_nextn_predict_layers and labels.shape[1] > 2:
+        if self.config.num_nextn_predict_layers:
             drafts, losses = [], []
             # The loss of a depth before the next depth: gradients add up in the same order when a layer is recomputed.
             for draft, ahead in self.drafts(
@@ -629,6 +629,21 @@ class FathomClassifier(FathomPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected += _only_in_language_models(config)
         self.num_labels = config.num_labels
         self.model = FathomModel(self.config)
+
+    @property
+    def loss_function(self) -> Callable[..., torch.Tensor]:
+        """transformers', or the one that has been set; of labels that are all ignored the mean would be NaN."""
+        function = super().loss_function
+        return function if hasattr(self, "_loss_function") else partial(mean_over_labels, function)
+
+    @loss_function.setter
+    def loss_function(self, function: Callable[..., torch.Tensor]) -> None:
+        self._loss_function = function
+
+
+def mean_over_labels(function: Callable[..., torch.Tensor], logits, labels, config, **kwargs) -> torch.Tensor:
+    """A classifier's loss by transformers' function, whose sum over labels is divided here; 0 if all are ignored."""
+    return function(logits=logits, labels=labels, config=config, num_items_in_batch=divisor(labels, None), **kwargs)
 
 
 class FathomForSequenceClassification(GenericForSequenceClassification, FathomClassifier):

@@ -86,7 +86,7 @@ class MultiTokenPredictionLayer(FathomDecoderLayer):
 
 def look_ahead(values: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:
     """Moves dimension 1 of [B, T, ...] `steps` to the left, so that index i holds what stood at i + steps."""
-    padding = (0, 0) * (values.dim() - 2) + (0, steps)
+    padding = (0, 0) * (values.dim() - 2) + (0, min(steps, values.shape[1]))
     return F.pad(values[:, steps:], padding, value=fill)
 
 

@@ -64,8 +64,13 @@ class StepGuard:
         reason = self.objection(loss, 0.0 if scaled else norm)
         if reason is not None:
             self.stop(trainer, reason, {"loss": loss, "gradient_norm": norm})
-        self.recent.append(loss)
+        self.remember(loss)
         self.batches, self.loss = [], 0.0
+
+    def remember(self, loss: float) -> None:
+        """Counts a step's loss among the last ones; that of no targets, 0, says nothing about what is usual."""
+        if loss:
+            self.recent.append(loss)
 
     def objection(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, or None."""

@@ -147,6 +147,10 @@ class FathomTrainer(Trainer):
         if model.training and self.is_language_model and not needs_logits:
             inputs = {**inputs, "skip_logits": True}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.label_smoother is not None and labels is not None:
+            # The Trainer's smoothed loss is a mean over targets, NaN where there are none.
+            targets = labels[:, 1:] if self.is_language_model else labels
+            loss = torch.where((targets != IGNORED).any(), loss, 0.0)
         if model.training and (mtp_loss := getattr(outputs, "mtp_loss", None)) is not None:
             targets = self._mtp_targets(labels, position_ids)
             # A mean, unless the number of targets of the whole optimizer step was given to divide the sum by.

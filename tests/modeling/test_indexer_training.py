@@ -93,7 +93,7 @@ def test_every_figure_by_definition(dense):
     def attention(attended):
         return head_summed_attention(query, keys, attended, scaling)
 
-    report = indexer_report(scores, visible, selected, attention, dense, measure=True)
+    report = indexer_report(scores, visible, selected, attention, dense, measure=True, top_k=3)
     figures = dict(zip(REPORT, report, strict=True))
     for t in range(7):
         seen = [s for s in range(7) if visible[0, t, s]]
