@@ -35,7 +35,7 @@ def take_part(output: torch.Tensor, idle: Iterable[torch.nn.Parameter]) -> torch
         idle: parameters that may get no gradient; frozen and sharded ones (FSDP waits for none) are left out.
 
     Returns:
-        `output` with the same values; `output` itself where nobody is to be told: without a process group, or without gradient.
+        `output` with the same values; `output` itself without a process group or without gradient.
     """
     # Also in one process: started by torchrun, its model is wrapped all the same.
     if not (output.requires_grad and dist.is_available() and dist.is_initialized()):
