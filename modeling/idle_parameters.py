@@ -35,9 +35,10 @@ def take_part(output: torch.Tensor, idle: Iterable[torch.nn.Parameter]) -> torch
         idle: parameters that may get no gradient; frozen and sharded ones (FSDP waits for none) are left out.
 
     Returns:
-        `output` with the same values; `output` itself where nothing is to be told: in one process, or without gradient.
+        `output` with the same values; `output` itself without a process group or without gradient.
     """
-    if not (output.requires_grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    # Also in one process: started by torchrun, its model is wrapped all the same.
+    if not (output.requires_grad and dist.is_available() and dist.is_initialized()):
         return output
     waiting = [parameter for parameter in idle if parameter.requires_grad and not isinstance(parameter, DTensor)]
     return _TakePart.apply(output, *waiting) if waiting else output

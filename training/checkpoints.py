@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,7 @@ def failures_are_clear(target: Path) -> Iterator[None]:
     except Exception as error:
         if (reason := _reason(error, target.parent)) is None:
             raise
-        previous = target if (target / CONFIG).exists() else newest_checkpoint(target.parent)
-        kept = f"; the previous checkpoint {previous} is intact" if previous else ""
+        kept = _kept(target)
         if reason is not NO_SPACE:
             mend = "make the folder writable or choose another"
             raise UserError(f"cannot save {target}: {reason}; {mend}{kept}") from error
@@ -153,6 +152,14 @@ def failures_are_clear(target: Path) -> Iterator[None]:
         raise UserError(
             f"disk full while saving {target} ({free / 1e6:.0f} MB free): make room or choose another folder{kept}"
         ) from error
+
+
+def _kept(target: Path) -> str:
+    """The end of the message: what is left to go on from."""
+    previous = None
+    with suppress(OSError):  # a folder that may not be read, or is none any more
+        previous = target if (target / CONFIG).exists() else newest_checkpoint(target.parent)
+    return f"; the previous checkpoint {previous} is intact" if previous else ""
 
 
 def _reason(error: BaseException | None, below: Path) -> str | None:

@@ -223,6 +223,8 @@ class FathomTrainer(Trainer):
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
+            # What the Trainer sets by the end of an evaluation: it asks again after the last step.
+            self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
 

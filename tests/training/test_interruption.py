@@ -41,12 +41,12 @@ def whole(data: Path) -> Path:
 class Once:
     """Patches a function so that its n-th call for which `when` holds sends a signal first."""
 
-    def __init__(self, monkeypatch, where, name: str, number: int, when: Callable = lambda *_: True, at: int = 1):
+    def __init__(self, monkeypatch, where, name: str, number: int, when: Callable = lambda *_, **__: True, at: int = 1):
         self.calls = 0
         original = getattr(where, name)
 
         def patched(*args, **kwargs):
-            if when(*args):
+            if when(*args, **kwargs):
                 self.calls += 1
                 if self.calls == at:
                     signal.raise_signal(number)
@@ -76,12 +76,18 @@ def in_a_save(patch, number):
 
 
 def in_the_last_evaluation(patch, number):
-    done = lambda trainer, *_: trainer.state.global_step == STEPS  # noqa: E731
-    return Once(patch, FathomTrainer, "prediction_step", number, when=done, at=2)
+    evaluate = FathomTrainer.evaluate
+
+    def noted(self, *args, **kwargs):
+        self.is_last = bool(args)  # with a data set of its own
+        return evaluate(self, *args, **kwargs)
+
+    patch.setattr(FathomTrainer, "evaluate", noted)
+    return Once(patch, FathomTrainer, "prediction_step", number, when=lambda trainer, *_, **__: trainer.is_last, at=2)
 
 
 def in_the_last_save(patch, number):
-    return Once(patch, FathomTrainer, "save_model", number, when=lambda trainer, folder, inner=False: not inner)
+    return Once(patch, FathomTrainer, "save_model", number, when=lambda *_, _internal_call=False: not _internal_call)
 
 
 # Where it comes, and the step whose checkpoint it leaves: no step was taken in preparation, and in the last save all is
