@@ -233,16 +233,16 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """First byte, last byte and name of a tensor, if its entry is whole."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name} has no entry")
-    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
     for field, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"{name} has the {field} {numbers!r}, which is no list of sizes")
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * DTYPE_BITS[dtype]:
-        raise ValueError(
-            f"{name} has the data_offsets {offsets}, which are not as many bytes as {shape} of {dtype} take"
-        )
+        raise ValueError(f"{name} has the data_offsets {offsets}; {shape} of {dtype} takes another number of bytes")
     return offsets[0], offsets[1], name
 
 

@@ -181,7 +181,7 @@ def inspect_checkpoint(source: str, context: int | None = None) -> Inspection:
         ]
         return _describe(source, Checked(model, None, []), PRESET, context, Contents({}, tensors, [], []))
 
-    tokenizer, problems = "", []
+    tokenizer, problems = "", list[str]()
     if on_hub := is_hub_id(source):
         contents = _from_hub(source)
     else:

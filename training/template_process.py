@@ -25,7 +25,7 @@ def main() -> None:
         _alarm(MOST_SECONDS)
         try:
             (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
-            answer = {"characters": len(text)}
+            answer: dict[str, object] = {"characters": len(text)}
         except RecursionError:
             answer = {"error": "it calls itself too often"}
         except MemoryError:
