@@ -29,7 +29,7 @@ VERBS = {
     "sft": "teach a pretrained model to answer questions",
     "generate": "continue one prompt, streaming to the terminal",
     "chat": "talk to a model in the browser",
-    "inspect": "say what a checkpoint is, from its headers alone",
+    "inspect": "say what a checkpoint is, and whether it can be loaded",
     "bench": "measure speed, memory and cache beside transformers' own classes",
     "serve": "an OpenAI-compatible API for a model",
     "export": "write a model as transformers' own DeepSeek classes or DeepSeek's releases have it",

@@ -41,7 +41,11 @@ class InspectOptions:
 
 def main(argv: Sequence[str]) -> int:
     (options,) = parse(
-        "inspect", "Say what a checkpoint is, without loading it.", [InspectOptions], argv, positionals=("path",)
+        "inspect",
+        "Say what a checkpoint is, and whether it can be loaded.",
+        [InspectOptions],
+        argv,
+        positionals=("path",),
     )
     from ..training.inspection import inspect_checkpoint
 

@@ -242,9 +242,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError(f"{name} has the {field} {numbers!r}, which is no list of sizes")
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * DTYPE_BITS[dtype]:
-        raise ValueError(
-            f"{name} has the data_offsets {offsets}, which are not as many bytes as {shape} of {dtype} take"
-        )
+        raise ValueError(f"{name} has the data_offsets {offsets}; {shape} of {dtype} takes another number of bytes")
     return offsets[0], offsets[1], name
 
 

@@ -152,6 +152,15 @@ def test_weights(slip: str, whole: dict[str, Path], tmp_path: Path):
     assert (verdict == "") == (slip in harmless), verdict
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.{0}.{}", "a\nb\x1b[31m", "n" * 100_000, "layers.#.1.x", "layers.²." + "9" * 5000, ""]
+)
+def test_names_that_are_read_as_deepseek_v4s(name: str, whole: dict[str, Path], tmp_path: Path):
+    change = rewrite(lambda h: h.update({name: h.pop("norm.weight")}))
+    with changed(whole["v4"], tmp_path / "model", change) as folder:
+        assert "do not fit its config.json" in same_verdict(folder)
+
+
 @settings(MANY, max_examples=60)
 @given(place=st.integers(0, 2**20), byte=st.integers(0, 255), in_header=st.booleans())
 def test_any_byte_of_the_weights(whole: dict[str, Path], tmp_path: Path, place: int, byte: int, in_header: bool):
