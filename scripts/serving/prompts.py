@@ -5,6 +5,7 @@ tokenizer itself for plain text. Both would turn a `<｜end▁of▁sentence｜>`
 """
 
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
@@ -16,10 +17,16 @@ from ...tokenizer import encode_chat, encode_texts
 class PlainTextPrompts:
     """Mixed into a tokenizer's class: the two methods that the server encodes prompts by."""
 
-    def __call__(self, text: str | Sequence[str], return_tensors: str | None = None) -> BatchEncoding:
-        texts = [text] if isinstance(text, str) else list(text)
+    def __call__(
+        self, text: Any = None, *args: Any, return_tensors: str | None = None, **options: Any
+    ) -> BatchEncoding:
+        if args or options or not isinstance(text, str | list):
+            # Not of a request: to find stop strings, transformers tokenizes parts of the vocabulary.
+            return super().__call__(text, *args, return_tensors=return_tensors, **options)  # type: ignore[misc]
+        texts = [text] if isinstance(text, str) else text
         return _batch(encode_texts(self, texts), isinstance(text, str), return_tensors)  # type: ignore[arg-type]
 
+    @wraps(PreTrainedTokenizerFast.apply_chat_template)
     def apply_chat_template(
         self,
         conversation: Sequence[Any],

@@ -11,6 +11,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, set_seed
 
 from fathom.demo.generation import Reply, chat_prompt, raw_prompt, split_reasoning, stream, stream_reply
 from fathom.demo.sampling import Sampling
+from fathom.tokenizer.special_tokens import SPECIAL_TOKENS
 from fathom.training.errors import UserError
 
 GREEDY = Sampling(max_new_tokens=60, temperature=0)
@@ -175,6 +176,24 @@ def test_chat_prompts_end_where_the_assistant_begins(tokenizer: Any, thinking: b
     prompt = chat_prompt(tokenizer, [{"role": "user", "content": "hi"}], thinking)
     assert tokenizer.decode(prompt).endswith(f"<｜Assistant｜>{ending}")
     assert prompt.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_control_tokens_in_what_was_said_are_text(tokenizer: Any, token: str) -> None:
+    def said(mark: str) -> list[dict[str, str]]:
+        roles = ("system", "user", "assistant", "user")
+        return [{"role": role, "content": f"x{mark}y"} for role in roles]
+
+    control = set(range(len(SPECIAL_TOKENS)))
+    prompt = chat_prompt(tokenizer, said(token))
+    assert [i for i in prompt if i in control] == [i for i in chat_prompt(tokenizer, said("")) if i in control]
+    assert tokenizer.decode(prompt).count(f"x{token}y") == 4
+    raw = raw_prompt(tokenizer, f"x{token}y")
+    assert not set(raw[1:]) & control
+    assert tokenizer.decode(raw[1:]) == f"x{token}y"
+    assert raw_prompt(tokenizer, token, [token])[1:] == [SPECIAL_TOKENS.index(token)]
+    with pytest.raises(UserError, match="no control token"):
+        chat_prompt(tokenizer, said(""), allowed_special=["<nothing>"])
 
 
 def test_conversations_that_cannot_be_prompts(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

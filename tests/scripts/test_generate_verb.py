@@ -40,6 +40,34 @@ def test_chat_applies_the_template_to_stdin(
     assert capsys.readouterr().out == expected(tiny_checkpoint, prompt, 8) + "\n"
 
 
+@pytest.mark.parametrize("form", [[], ["--chat"]], ids=["raw", "chat"])
+def test_control_tokens_in_a_prompt_are_text_unless_named(
+    tiny_checkpoint: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    from fathom import FathomForCausalLM
+
+    prompts = []
+    generate = FathomForCausalLM.generate
+
+    def watched(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        prompts.append(input_ids[0].tolist())
+        return generate(self, input_ids, **options)
+
+    monkeypatch.setattr(FathomForCausalLM, "generate", watched)
+    text = "a<｜end▁of▁sentence｜><｜fim▁hole｜>b"
+    arguments = ["generate", str(tiny_checkpoint), text, "--max_new_tokens", "2", *form]
+    assert main(arguments) == 0
+    assert main([*arguments, "--allowed_special", "<｜fim▁hole｜>"]) == 0
+    tokenizer = load_tokenizer(str(tiny_checkpoint))
+    hole = tokenizer.convert_tokens_to_ids("<｜fim▁hole｜>")
+    assert [prompt.count(hole) for prompt in prompts] == [0, 1]
+    assert [prompt.count(tokenizer.eos_token_id) for prompt in prompts] == [0, 0]
+    assert all(text in tokenizer.decode(prompt) for prompt in prompts)
+    capsys.readouterr()
+    assert main([*arguments, "--allowed_special", "<hole>"]) == 2
+    assert "'<hole>' is no control token" in capsys.readouterr().err
+
+
 def test_a_seed_makes_sampling_repeatable(tiny_checkpoint: Path, capsys: Any) -> None:
     texts = []
     for seed in ("1", "1", "2"):

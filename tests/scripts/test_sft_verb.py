@@ -158,6 +158,37 @@ def test_accelerate_launch(data, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_conversations_that_end_with_the_user_and_bad_rows(data, tmp_path, capsys):
+    rows = [conversation(f"f{n}?", f"return {n}") for n in range(12)]
+    for row in rows:
+        row["messages"].append({"role": "user", "content": "Thanks!"})
+    lines = [*map(json.dumps, rows), '{"messages": ', json.dumps({"text": "no conversation"})]
+    (tmp_path / "thanks.jsonl").write_text("\n".join(lines))
+    more = ("--data", str(tmp_path / "thanks.jsonl"), "--steps", "1")
+    # Before the model is loaded: there is none.
+    assert cli.main(["sft", *words(data, tmp_path / "out", *more, "--model", str(data / "tokenizer"))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "thanks.jsonl line 13 is no JSON" in line
+    assert line.endswith("--skip_bad_rows")
+    assert cli.main(["sft", *words(data, tmp_path / "out", *more, "--skip_bad_rows")]) == 0
+    output = capsys.readouterr().out
+    assert f"left out    2 bad rows: {tmp_path / 'thanks.jsonl'} line 13 is no JSON" in output
+    assert "Thanks!" not in output
+
+
+def test_control_tokens_that_are_asked_for_by_name(data, tmp_path, capsys):
+    rows = [conversation(f"f{n}?", f"<think>x</think>{n}") for n in range(12)]
+    (tmp_path / "think.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("--data", str(tmp_path / "think.jsonl"), "--steps", "1")
+    assert cli.main(["sft", *words(data, tmp_path / "a", *more)]) == 0
+    assert cli.main(["sft", *words(data, tmp_path / "b", *more, "--allowed_special", "<think>", "</think>")]) == 0
+    capsys.readouterr()
+    seen = [json.loads((tmp_path / name / "run.json").read_text())["tokens_seen"] for name in "ab"]
+    assert seen[0] - seen[1] >= 4 * 7, "two tokens where the characters are nine or more"
+    assert cli.main(["sft", *words(data, tmp_path / "c", *more, "--allowed_special", "<thin>")]) == 2
+    assert "'<thin>' is no control token of this tokenizer; known are <think>" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-multinode"])
 def test_shipped_accelerate_configs_are_read_by_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file

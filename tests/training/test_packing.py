@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import model
+from transformers import PreTrainedTokenizerFast
 
-from fathom.tokenizer import train_tokenizer
+from fathom.tokenizer import token_byte_lengths, train_tokenizer
+from fathom.tokenizer.special_tokens import SPECIAL_TOKENS
 from fathom.training import packing
+from fathom.training.errors import UserError
 from fathom.training.packing import IGNORED, collate_rows, pack_documents, pad_conversations
 
 LETTERS = "abcdefgh"
@@ -105,3 +108,65 @@ def test_conversations_are_padded_on_the_right_and_padding_is_no_target():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", "b", " ", "<", "｜>", "\n"]), min_size=1, max_size=9).map("".join)
+)
+def test_control_tokens_in_documents_are_text_and_their_bytes_count(tokenizer, text):
+    rows = pack_documents(Dataset.from_dict({"text": [text, "ab"]}), tokenizer, 16).to_list()
+    targets = [label for row in rows for label in row["labels"] if label != IGNORED]
+    control = [label for label in targets if label < len(SPECIAL_TOKENS)]
+    assert control == [tokenizer.eos_token_id] * 2
+    lengths = token_byte_lengths(tokenizer)
+    assert sum(lengths[label] for label in targets) == len((text + "ab").encode())
+
+
+def test_control_tokens_that_are_asked_for(tokenizer):
+    documents = Dataset.from_dict({"text": ["a<｜fim▁hole｜>b<think>"]})
+    (row,) = pack_documents(documents, tokenizer, 32, allowed_special=["<｜fim▁hole｜>"]).to_list()
+    hole, think = (tokenizer.convert_tokens_to_ids(name) for name in ("<｜fim▁hole｜>", "<think>"))
+    assert hole in row["input_ids"]
+    assert think not in row["input_ids"]
+    with pytest.raises(UserError, match="'<hole>' is no control token"):
+        pack_documents(documents, tokenizer, 32, allowed_special=["<hole>"])
+
+
+@pytest.mark.parametrize("has_features", [False, True])
+def test_streamed_documents(tokenizer, has_features):
+    documents = Dataset.from_dict({"text": [f"abc{n}" * n for n in range(9)], "more": range(9)})
+    stream = (
+        documents.to_iterable_dataset()
+        if has_features
+        else IterableDataset.from_generator(lambda: iter(documents.to_list()))
+    )
+    packed = pack_documents(stream, tokenizer, 8)
+    assert list(packed) == pack_documents(documents, tokenizer, 8).to_list()
+    assert list(packed) == list(packed), "a stream can be read again"
+
+
+def test_long_documents_are_packed_a_few_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(packing, "BYTES_AT_ONCE", 1000)
+    batches = []
+    encode_texts = packing.encode_texts
+    monkeypatch.setattr(
+        packing, "encode_texts", lambda own, texts, named: batches.append(texts) or encode_texts(own, texts, named)
+    )
+    documents = ["ab" * 100] * 30
+    rows = pack_documents(Dataset.from_dict({"text": documents}), tokenizer, 8).to_list()
+    assert 3 <= max(map(len, batches)) <= 5
+    tokens = [token for row in rows for token in row["input_ids"] if token != tokenizer.pad_token_id]
+    assert tokens == [0, *tokenizer(documents[0])["input_ids"], 1] * 30
+
+
+def test_what_cannot_be_packed(tokenizer):
+    with pytest.raises(UserError, match="no column 'body', only text"):
+        pack_documents(Dataset.from_dict({"text": ["a"]}), tokenizer, 8, text_column="body")
+    with pytest.raises(UserError, match="DatasetDict is no dataset of rows; give one split"):
+        pack_documents(DatasetDict(train=Dataset.from_dict({"text": ["a"]})), tokenizer, 8)
+    with pytest.raises(UserError, match="holds no rows"):
+        pack_documents(IterableDataset.from_generator(lambda: iter(())), tokenizer, 8)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="bos_token, eos_token and pad_token"):
+        pack_documents(Dataset.from_dict({"text": ["a"]}), bare, 8)

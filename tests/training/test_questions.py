@@ -1,8 +1,10 @@
 """Conversations: real docstrings, modules kept apart, and files checked row by row."""
 
 import ast
+import gzip
 import json
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -250,3 +252,71 @@ def test_parquet_and_datasets_names(tmp_path, monkeypatch):
     opened.pop("train")
     with pytest.raises(UserError, match="no split train, only test"):
         load_conversations("owner/chats")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_tools_and_weights_are_kept(tmp_path):
+    rows = [{"messages": dialogue(at), "tools": TOOLS if at % 2 else None} for at in range(6)]
+    rows[0]["messages"][1]["weight"] = 0
+    rows[0]["messages"] += dialogue(9)
+    splits = load_conversations(jsonl(tmp_path / "chat.jsonl", rows))
+    loaded = {row["messages"][0]["content"]: row for split in splits.values() for row in split}
+    for at in range(6):
+        row = loaded[f"question {at}"]
+        assert row["tools"] == (json.dumps(TOOLS) if at % 2 else "")
+    weights = [message.get("weight") for message in loaded["question 0"]["messages"]]
+    assert weights == [None, 0, None, None]
+
+
+def test_a_closing_word_of_the_user_is_left_out(tmp_path):
+    rows = [{"messages": [*dialogue(at), {"role": "user", "content": "Thanks!"}]} for at in range(4)]
+    splits = load_conversations(jsonl(tmp_path / "chat.jsonl", rows))
+    messages = [row["messages"] for split in splits.values() for row in split]
+    assert sorted(messages, key=str) == [dialogue(at) for at in range(4)]
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path):
+    good = [{"messages": dialogue(at)} for at in range(4)]
+    bad = ['{"messages": ', {"text": "a"}, {"messages": dialogue(1)[1:]}, "[1]", {"messages": [{"role": "user"}]}]
+    source = jsonl(tmp_path / "chat.jsonl", [*good[:2], *bad, *good[2:]])
+    with open(source, "ab") as file:
+        file.write(b'\n{"messages": "\xff"}\n')
+    with pytest.raises(UserError, match=r"chat\.jsonl line 3 is no JSON.*; mend it, or .* --skip_bad_rows"):
+        load_conversations(source)
+    skipped: list[str] = []
+    splits = load_conversations(source, skipped)
+    assert sum(map(len, splits.values())) == 4
+    assert [line.removeprefix(source).split()[1].rstrip(":") for line in skipped] == ["3", "4", "5", "6", "7", "10"]
+    assert not [line for line in skipped if "\n" in line]
+    with pytest.raises(UserError, match="holds no conversations; the first row: "):
+        load_conversations(jsonl(tmp_path / "bad.jsonl", bad), [])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.csv", "a.tsv", "a.json.zst", "saved", "splits"])
+def test_further_kinds_of_files(tmp_path, name):
+    rows = [{"prompt": f"question {at}", "completion": f"answer {at}"} for at in range(8)]
+    path = tmp_path / name
+    if name.startswith("a."):
+        sign = "\t" if "tsv" in name else ","
+        table = "\n".join([f"prompt{sign}completion", *(f"{row['prompt']}{sign}{row['completion']}" for row in rows)])
+        lines = "\n".join(map(json.dumps, rows))
+        data = (table if "sv" in name else lines if "jsonl" in name else json.dumps(rows)).encode()
+        path.write_bytes(
+            gzip.compress(data)
+            if ".gz" in name
+            else pa.compress(data, "zstd", asbytes=True)
+            if ".zst" in name
+            else data
+        )
+    elif name == "saved":
+        Dataset.from_list(rows).save_to_disk(path)
+    else:
+        DatasetDict(train=Dataset.from_list(rows[:6]), test=Dataset.from_list(rows[6:])).save_to_disk(path)
+    splits = load_conversations(str(path))
+    assert sorted((row["messages"] for split in splits.values() for row in split), key=str) == list(
+        map(dialogue, range(8))
+    )
+    if name == "splits":
+        assert [row["messages"] for row in splits["heldout"]] == [dialogue(6), dialogue(7)]
