@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import threading
-from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -43,9 +42,12 @@ def signals_raise() -> Iterator[None]:
         raise SignalError(number)
 
     def not_lost(unraisable: Any) -> None:
-        # Raised in a destructor or a callback of the import system, it would be printed and forgotten.
+        # Raised in a destructor or a callback of the import system, it would be printed and forgotten. It comes again
+        # when those are over.
         if isinstance(unraisable.exc_value, SignalError):
-            interrupt_main(signal.Signals(unraisable.exc_value.number))
+            again = threading.Timer(0.01, signal.raise_signal, [unraisable.exc_value.number])
+            again.daemon = True
+            again.start()
         else:
             sys.__unraisablehook__(unraisable)
 

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer on the model's own loss.
 
-TRL (1.16) runs the layers alone and computes the next-token loss by itself, past the model's forward: MTP layers and
-balance losses would be left out. `RouterBiasCallback` comes along.
+TRL (1.16) runs the layers alone and computes the next-token loss by itself, past the model's forward: its own trainers
+leave MTP layers and balance losses out, and move routing biases with `RouterBiasCallback()`, which comes along here.
 
     pip install 'fathom-lm[trl]'
 """

@@ -77,15 +77,17 @@ def test_encodings_that_lack_what_is_printed(encoding: str, tiny_checkpoint: Pat
     folder = tmp_path / "模型-é"
     folder.symlink_to(tiny_checkpoint)
     code, output, errors = ended(start("inspect", str(folder), env=env))
-    assert (code, errors) == (0, "")
+    assert (code, errors) == (0, ""), output
     assert "\\u6a21" in output
     code, _, errors = ended(start("inspect", f"{folder}-absent", env=env))
     assert code == 2
     assert "\\u6a21" in one_line(errors)
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
     os.symlink(tiny_checkpoint, odd)
-    code, _, errors = ended(start("inspect", odd, env=env))
-    assert (code, errors) == (0, "")
+    # safetensors and tokenizers cannot open it, which is said on standard output.
+    code, output, errors = ended(start("inspect", odd, env=env))
+    assert (code in (0, 1), errors) == (True, "")
+    assert "\\udcff\\udcfe" in output
 
 
 @pytest.mark.parametrize("megabytes", [300, 600, 700])
@@ -164,12 +166,14 @@ def test_ctrl_c_in_the_first_seconds(verb: str, seconds: float, tmp_path: Path):
     process.send_signal(signal.SIGINT)
     code, _, errors = ended(process)
     line = one_line(errors)
-    # Before Python has come to the verb, the system ends it without a word; after, it may have ended by itself.
-    assert (
-        (code, line) in [(-signal.SIGINT, ""), (130, f"fathom {verb}: interrupted")]
-        or (code == 130 and "stopped by SIGINT before the first step" in line)
-        or code in (0, 2)
-    )
+    if code == -signal.SIGINT:  # the system's own end of it, before Python had come to the verb
+        assert line == ""
+    elif code == 130:
+        assert line.startswith(
+            (f"fathom {verb}: interrupted", f"fathom {verb}: stopped by SIGINT before the first step")
+        )
+    else:
+        assert code in (0, 2)  # it had ended by itself
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
