@@ -197,7 +197,8 @@ class MultiHeadAttention(FathomAttention):
         query = self.heads(mapped(hidden_states, self.q_proj), position_embeddings)  # [B, H, T, D]
         key, value = self.keys_and_values(hidden_states, position_embeddings)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            # transformers' paged cache reads and writes the attention's arguments.
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return MixerOutput(mapped(output, self.o_proj), weights)
 

@@ -141,6 +141,9 @@ def adopt_cache(cache: Cache, config) -> None:
         ValueError: a cache that was filled by another kind of model, or that cannot hold what the layers need.
     """
     compresses = config.compresses
+    if not hasattr(cache, "layers"):  # the paged cache of `generate_batch`, which is no `Cache`
+        check_paging(config)
+        return
     for layer in cache.layers:
         if isinstance(layer, FathomCacheLayer) and isinstance(layer, CompressedCacheLayer) != compresses:
             raise ValueError("the cache was filled by another kind of model; start with a new cache")
@@ -162,6 +165,16 @@ def adopt_cache(cache: Cache, config) -> None:
             layer.update(cache.layers[index].keys, cache.layers[index].values)
         cache.layers[index : index + 1] = [layer]
     cache.__class__ = FathomStaticCache if static else FathomDynamicCache
+
+
+def check_paging(config) -> None:
+    """Raises ValueError where transformers' paged cache cannot hold what the layers cache."""
+    mixers = {config.token_mixer(index) for index in range(config.num_hidden_layers)}
+    if mixers != {"mha"}:
+        raise ValueError(
+            f"transformers' continuous batching (generate_batch) pages keys and values of one head size, which "
+            f"{', '.join(sorted(mixers))} layers do not cache; let calls of generate() share a batch (share_batch)"
+        )
 
 
 def empty_cache(config) -> FathomDynamicCache:

@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.masking_utils import create_masks_for_generate
 
 from .batch_rows import Row
-from .cache import adopt_cache, offloaded_where_it_can_be
+from .cache import adopt_cache, check_paging, offloaded_where_it_can_be
 from .configuration_fathom import FathomConfig
 from .continuous_batching import SharedBatch
 from .draft_rules import check_draft_decoding, check_drafts_of_others
@@ -39,6 +39,11 @@ class FathomGenerationMixin(GenerationMixin):
             self.shared_batch.close()
         self.shared_batch = SharedBatch(self, **limits)
         return self.shared_batch
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, of models with multi-head attention; others would fail in the batch's thread."""
+        check_paging(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_model_inputs(self, *args, **kwargs) -> tuple[torch.Tensor, str | None, dict]:
         """As in transformers, which goes on with a prompt of no tokens or no rows until a forward fails."""
