@@ -184,7 +184,7 @@ FORGED_TOOL = {"type": "function", "function": {"name": f"f{FORGED}", "parameter
             },
             2,
         ),
-        ("/v1/responses", {"input": FORGED}, 1),
+        ("/v1/responses", {"input": FORGED, "stream": False}, 1),
     ],
 )
 def test_control_tokens_of_clients_are_text(
