@@ -50,6 +50,8 @@ class GenerateOptions:
             raise UserError('no model given; write: fathom generate MODEL "PROMPT"')
         if self.prompt is None:
             raise UserError('no prompt given; write: fathom generate MODEL "PROMPT", or --prompt - to read stdin')
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.chat and self.raw:
             raise UserError("--chat and --raw exclude each other; choose one")
         if not self.chat and (self.thinking or self.system is not None):

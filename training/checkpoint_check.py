@@ -39,6 +39,7 @@ from .tensor_layout import Layout, StoredTensor, compare
 
 GENERATION_CONFIG = "generation_config.json"
 PIECE = 2**24  # numbers that are looked at together
+LARGEST_WEIGHT = 1e6  # far above any trained one; a flipped bit of an exponent makes 1e30 of it, and NaN of the logits
 # Keys of a config.json by which transformers would read other files, or other number formats, than those checked here.
 LEADS_AWAY = ("transformers_weights", "configuration_files", "quantization_config")
 
@@ -236,15 +237,21 @@ def check_values(tensors: Iterable[tuple[str, torch.Tensor]], experts: int) -> N
         experts: number of routed experts, which tables of whole numbers choose from.
 
     Raises:
-        ValueError: a weight is not finite, or a table names an expert that does not exist.
+        ValueError: a weight is not finite or absurdly large, or a table names an expert that does not exist.
     """
     for name, tensor in tensors:
         for piece in tensor.detach().flatten().split(PIECE):
-            if tensor.is_floating_point():
-                if not piece.isfinite().all():
-                    raise ValueError(f"{name} holds numbers that are not finite (NaN or infinite)")
-            elif piece.numel() and not 0 <= (worst := _furthest(piece, experts)) < experts:
-                raise ValueError(f"{name} names expert {worst}; there are {experts}, numbered from 0")
+            if not piece.numel():
+                continue
+            least, most = (end.item() for end in piece.aminmax())  # both NaN where one number is
+            furthest = least if -least > most else most
+            if not tensor.is_floating_point():
+                if not 0 <= least <= most < experts:
+                    raise ValueError(f"{name} names expert {furthest}; there are {experts}, numbered from 0")
+            elif not math.isfinite(furthest):
+                raise ValueError(f"{name} holds numbers that are not finite (NaN or infinite)")
+            elif abs(furthest) > LARGEST_WEIGHT:
+                raise ValueError(f"{name} holds {furthest:g}, and no weight is above {LARGEST_WEIGHT:g} in size")
 
 
 def stored_values(files: list[str], model: FathomPreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -273,11 +280,6 @@ def _check_depth(config: FathomConfig, names: list[str], source: str) -> None:
             f"{source}/{CONFIG} says num_hidden_layers={config.num_hidden_layers} and num_nextn_predict_layers="
             f"{config.num_nextn_predict_layers}, and the weights hold {len(stored)} layers: mend these two fields"
         )
-
-
-def _furthest(piece: torch.Tensor, experts: int) -> int:
-    least, most = int(piece.min()), int(piece.max())
-    return least if least < 0 else most
 
 
 def _check_rotary(config: FathomConfig) -> None:

@@ -93,8 +93,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder or the file is missing, or is no JSON.
     """
-    if not folder.is_dir():
-        raise UserError(missing_folder(folder))
+    try:
+        if not folder.is_dir():
+            raise UserError(missing_folder(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no path of a folder: {reason(error)}") from error
     if not (folder / CONFIG).is_file():
         newest = newest_checkpoint(folder)
         if (folder / ADAPTER).is_file():
