@@ -154,8 +154,8 @@ class CompressedCacheLayer(FathomCacheLayer):
         return self.entries
 
     def most_entries(self) -> int:
-        """How many entries a row may have of the tokens so far; a document may begin within a block, once per row."""
-        return -(-int(self.length) // self.block)
+        """How many entries a row may have of the tokens so far: every one is made of a whole block."""
+        return int(self.length) // self.block
 
     def _append_unread(self, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The same, with a number of columns that does not depend on places."""

@@ -64,7 +64,6 @@ class Compressor(nn.Module):
         """
         grid, places = blocks(contributions, places, self.block)  # [B, M, m, W], [B, M, m]
         values, gates = grid.float().chunk(2, dim=-1)
-        # A block's missing tokens, those before its document's first included, have no weight.
         missing = (places == NOWHERE).unsqueeze(-1)
         least = torch.finfo(gates.dtype).min
         gates = (gates + self.position_bias.float()).masked_fill(missing, least)
@@ -73,7 +72,7 @@ class Compressor(nn.Module):
             follows = F.pad(number[:, 1:] == number[:, :-1] + 1, (1, 0))
             values, gates = with_block_before(values, 0.0, follows), with_block_before(gates, least, follows)
         pooled = (gates.softmax(dim=2) * values).sum(dim=2)  # [B, M, D]
-        last = places[..., -1]  # NOWHERE where the block's last token is still to come
+        last = places[..., -1]
         return self.kv_norm(pooled.to(contributions.dtype)), last.masked_fill(last <= after, NOWHERE)
 
 
@@ -84,7 +83,7 @@ def block_number(places: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorts tokens into their blocks.
+    """Sorts tokens into the blocks that are there as a whole; others make no entry.
 
     Args:
         tokens: [B, S, W].
@@ -92,13 +91,13 @@ def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torc
         block: m.
 
     Returns:
-        Tokens [B, M, m, W] and their places [B, M, m], with zeros and NOWHERE where a block has no token. Where the
-        host can read places, M is the largest number of blocks that a row touches. Elsewhere M = S / m, rounded up:
-        blocks whose last token is not there are left out, as no entry can be made of them, and so many others fit.
+        Tokens [B, M, m, W] and their places [B, M, m]. M is the largest number of whole blocks in a row, at least 1;
+        rows with fewer begin with empty ones, of zeros that stand NOWHERE. Where the host cannot read places M is
+        S / m, which no row exceeds, and rows end with empty ones.
     """
-    number, count = _touched_blocks(places, block) if host_can_read(places) else _whole_blocks(places, block)
-    # Slot 0 takes the rest. An index beyond the last one, of a block for which there is no room, is an error.
-    slot = torch.where(number >= 0, number * block + places % DOCUMENT % block + 1, 0)
+    ordinal, count = _whole_blocks(places, block)
+    # Slot 0 takes the rest.
+    slot = torch.where(ordinal >= 0, ordinal * block + places % DOCUMENT % block + 1, 0)
     batch, _, width = tokens.shape
     grid = tokens.new_zeros(batch, count * block + 1, width)
     grid = grid.scatter(1, slot.unsqueeze(-1).expand(-1, -1, width), tokens)
@@ -106,35 +105,24 @@ def blocks(tokens: torch.Tensor, places: torch.Tensor, block: int) -> tuple[torc
     return grid[:, 1:].unflatten(1, (count, block)), grid_places[:, 1:].unflatten(1, (count, block))
 
 
-def _touched_blocks(places: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
-    """Which of a row's blocks tokens at `places` [B, S] are in, [B, S] (-1 or less: in none), and how many it has.
-
-    Rows that touch fewer blocks than others begin with empty ones.
-    """
-    real = places != NOWHERE
-    number = block_number(places, block)
-    # Places never decrease but for padding: a token begins a block if none before it is in a block as high.
-    highest = F.pad(number.cummax(dim=1).values[:, :-1], (1, 0), value=NOWHERE)
-    ordinal = (real & (number > highest)).cumsum(dim=1) - 1  # [B, S]
-    count = max(int(ordinal.max()) + 1, 1)
-    ordinal = ordinal - ordinal[:, -1:] + count - 1  # the newest block is the last
-    return torch.where(real, ordinal, -1), count
-
-
 def _whole_blocks(places: torch.Tensor, block: int) -> tuple[torch.Tensor, int]:
-    """The same of the blocks whose last token is there; the number is one that no row exceeds, see `FathomModel`.
-
-    A document that begins with its first position has at most one such block per `block` tokens. One that goes on
-    from tokens which are not here may have one more.
-    """
-    count = -(-places.shape[1] // block)
-    number = block_number(places, block)
-    ends = (places != NOWHERE) & (places % DOCUMENT % block == block - 1)
-    before = ends.cumsum(dim=1) - ends.long()  # [B, S], which block ends next
-    slot = torch.where(ends, before + 1, 0)
-    numbers = number.new_full((len(number), count + 2), NOWHERE).scatter(1, slot, number)  # of the blocks that end
-    same = numbers.gather(1, before + 1) == number
-    return torch.where((places != NOWHERE) & same, before, -1), count
+    """Which of M whole blocks the tokens at `places` [B, S] are in, [B, S], -1 for none; and M."""
+    number, real = block_number(places, block), places != NOWHERE
+    ends = real & (places % DOCUMENT % block == block - 1)
+    # Places never decrease but for padding: a token is in the block that ends next, or in none that ends.
+    next_end = ends.cumsum(dim=1) - ends.long() + 1  # [B, S], 1 to S + 1
+    of_ends = number.new_full((len(number), number.shape[1] + 2), NOWHERE)
+    of_ends = of_ends.scatter(1, torch.where(ends, next_end, 0), number)
+    within = real & (of_ends.gather(1, next_end) == number)
+    whole = torch.zeros_like(of_ends).scatter_add(1, next_end, within.long()) == block  # [B, S + 2]
+    ordinal, count = whole.cumsum(dim=1) - 1, max(places.shape[1] // block, 1)
+    if host_can_read(places):
+        found = ordinal[:, -1:] + 1
+        count = max(int(found.max()), 1)
+        # The newest block is the last: rows that gain an entry in the same step gain it in the same place.
+        ordinal = ordinal + count - found
+    within &= whole.gather(1, next_end)
+    return torch.where(within, ordinal.gather(1, next_end), -1), count
 
 
 def with_block_before(grid: torch.Tensor, fill: float, follows: torch.Tensor) -> torch.Tensor:

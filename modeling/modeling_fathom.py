@@ -319,8 +319,7 @@ class FathomModel(FathomPreTrainedModel):
                 with them, give both, and `inputs_embeds` is what is embedded.
             attention_mask: [B, S], 1 for real tokens, where rows are padded.
             position_ids: [B, T]; rows whose positions restart are packed documents that do not see each other,
-                unless a filled cache or an attention mask is given. On an accelerator, where nobody looks at them, a
-                document that begins within a row of a V4 model must begin with position 0.
+                unless a filled cache or an attention mask is given.
             cache: cache of the tokens before these. Its old name `past_key_values` is deprecated, as in transformers.
             use_cache: return a cache; never in training.
             only_last: of the output only the last token's is wanted. Where it can, the last layer then reads that one
