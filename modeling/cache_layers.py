@@ -311,7 +311,9 @@ class StaticKeyValueCacheLayer(StaticCacheLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys [B, H, T, D] and values [B, H, T, D'], and returns both buffers."""
-        if not self.is_initialized:
+        # After `reset` another number of rows may come.
+        others = self.is_initialized and len(self.buffers["keys"]) != len(key_states) and not int(self.length)
+        if not self.is_initialized or others:
             self.lazy_initialization(key_states, value_states)
         positions = torch.arange(key_states.shape[-2], device=self.device) + self.length
         self.length.add_(key_states.shape[-2])

@@ -320,6 +320,8 @@ class StaticCompressedCacheLayer(StaticCacheLayer, CompressedCacheLayer):
                 store["places"].fill_(NOWHERE)
 
     def append_tokens(self, **streams: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.tokens and len(self.tokens["places"]) != len(streams["places"]) and not int(self.length):
+            self.tokens, self.entries = {}, {}  # another number of rows, after `reset`
         if not self.tokens:
             self.start(streams["places"].device)
             for name, new in streams.items():
@@ -455,7 +457,8 @@ def token_places(
     """
     positions = position_ids.long()
     real = torch.ones_like(positions, dtype=torch.bool) if token_mask is None else token_mask
-    if last_places is None:
+    # Of another number of rows are those of a static cache after `reset`.
+    if last_places is None or len(last_places) != len(positions):
         last_places = positions.new_full(positions.shape[:1], NOWHERE)
     started = last_places != NOWHERE
     previous = torch.where(started, last_places % DOCUMENT, -2).unsqueeze(1)

@@ -294,8 +294,9 @@ def sorted_mm_experts_forward(
     few = not torch.is_grad_enabled() and len(indices) <= FEW_TOKENS and device == "cpu"
     if compiles and few and not experts._is_expert_parallel:
         return _experts_in_one_loop(experts, hidden_states, indices, weights)
-    # A grouped product's rows have to fill whole 16 bytes.
-    whole = not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
+    # A grouped product's rows have to fill whole 16 bytes, and it knows no float64.
+    known = experts.gate_up_proj.dtype != torch.float64
+    whole = known and not (experts.gate_up_proj.shape[-1] % 8 or experts.down_proj.shape[-1] % 8)
     # Expert parallelism marks the tokens of other ranks by an index beyond the last expert, as the kernels expect.
     if device == "cpu" and whole and (experts._is_expert_parallel or compiles or not slots):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, indices, weights)
