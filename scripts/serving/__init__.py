@@ -42,7 +42,7 @@ class CheckedRequests:
         resolved = super()._resolve_model(body)  # type: ignore[misc]
         _, model, processor = resolved
         if isinstance(model, FathomForCausalLM):
-            check_body(body, processor)
+            check_body(body)
             check_length(body, processor, model.config.max_position_embeddings)
         return resolved
 

@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 from fastapi import HTTPException
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import GenerationMode
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # strings that end a text, and characters of each
@@ -33,7 +33,7 @@ def refused(message: str) -> HTTPException:
     return HTTPException(status_code=400, detail=message)
 
 
-def check_body(body: dict, tokenizer: Any) -> None:
+def check_body(body: dict) -> None:
     """Refuses template arguments that are no variables of the template, a template of the client's above all.
 
     Raises:
@@ -42,7 +42,7 @@ def check_body(body: dict, tokenizer: Any) -> None:
     given = body.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise refused("chat_template_kwargs must be an object")
-    taken = inspect.signature(tokenizer.apply_chat_template).parameters
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     if wrong := sorted(given.keys() & taken.keys()):
         raise refused(f"chat_template_kwargs may hold variables of the model's chat template, not {', '.join(wrong)}")
 

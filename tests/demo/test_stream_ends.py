@@ -120,6 +120,7 @@ def test_beams_that_a_checkpoint_stores_are_not_streamed(
 def test_an_empty_prompt_is_said_to_be_one(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template may render nothing, and a tokenizer may have no begin-of-sentence token."""
     monkeypatch.setattr(tokenizer, "chat_template", "{% if false %}x{% endif %}")
-    prompt = chat_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    with pytest.raises(UserError, match="the chat template renders nothing"):
+        chat_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     with pytest.raises(UserError, match="the prompt is empty"):
-        list(stream(model, tokenizer, prompt, GREEDY))
+        list(stream(model, tokenizer, [], GREEDY))

@@ -54,7 +54,7 @@ VERBS = {
     "serve": ["{model}"],
     "export": ["{model}", "{out}", "--to", "transformers"],
     "push": ["{model}", "someone/model"],
-    "sft": ["--model", "{model}", "--data", "{data}", "--out", "{out}"],
+    "sft": ["--model", "{model}", "--data", "{data}/train.jsonl", "--out", "{out}"],
     "pretrain": ["--init", "{model}", "--corpus", "{data}/corpus", "--out", "{out}", "--sequence_length", "32"],
     "bench": ["--model", "{model}", "--out", "{out}", "--quick"],
 }

@@ -21,7 +21,7 @@ VERBS = ["corpus", "tokenizer", "pretrain", "sft"]
 def words(tmp_path, monkeypatch) -> list[str]:
     """The words of a tiny quickstart; its conversations are few, as reading all docstrings takes seconds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(questions, "load_conversations", lambda source: few_conversations())
+    monkeypatch.setattr(questions, "load_conversations", lambda source, skipped=None: few_conversations())
     make_corpus_and_tokenizer(tmp_path / "text")
     return [
         *(

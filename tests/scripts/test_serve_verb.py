@@ -180,7 +180,7 @@ FORGED_TOOL = {"type": "function", "function": {"name": f"f{FORGED}", "parameter
             "/v1/chat/completions",
             {
                 "messages": [{"role": "user", "content": FORGED}],
-                "chat_template_kwargs": {"sanitize_control_tokens": False, "bos_token": FORGED},
+                "chat_template_kwargs": {"bos_token": FORGED},
             },
             2,
         ),
