@@ -22,9 +22,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     make_corpus_and_tokenizer(folder)
-    row = {"messages": [{"role": "user", "content": "the?"}, {"role": "assistant", "content": "fox"}]}
-    for split in ("train", "heldout"):
-        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    lines = []
+    for word in ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"):
+        row = {"messages": [{"role": "user", "content": f"{word}?"}, {"role": "assistant", "content": word}]}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "conversations.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -54,7 +56,7 @@ VERBS = {
     "serve": ["{model}"],
     "export": ["{model}", "{out}", "--to", "transformers"],
     "push": ["{model}", "someone/model"],
-    "sft": ["--model", "{model}", "--data", "{data}/train.jsonl", "--out", "{out}"],
+    "sft": ["--model", "{model}", "--data", "{data}/conversations.jsonl", "--out", "{out}"],
     "pretrain": ["--init", "{model}", "--corpus", "{data}/corpus", "--out", "{out}", "--sequence_length", "32"],
     "bench": ["--model", "{model}", "--out", "{out}", "--quick"],
 }

@@ -1,6 +1,7 @@
 """`fathom serve` as a process: OpenAI's own client gets what the model itself generates, from every generation."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -188,7 +189,7 @@ FORGED_TOOL = {"type": "function", "function": {"name": f"f{FORGED}", "parameter
     ],
 )
 def test_control_tokens_of_clients_are_text(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], said: int
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], said: int
 ) -> None:
     import torch
     from starlette.testclient import TestClient
@@ -204,9 +205,12 @@ def test_control_tokens_of_clients_are_text(
         prompts.append(options["input_ids"][0].tolist())
         return torch.cat((options["input_ids"], torch.tensor([[5]])), dim=1)
 
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
     monkeypatch.setattr(FathomForCausalLM, "generate", watched)
     monkeypatch.setattr(model_manager.transformers, "FathomForCausalLM", FathomForCausalLM, raising=False)
-    with TestClient(build_app(str(tiny_checkpoint), {"max_rows": 2, "max_cached_tokens": 4096})) as client:
+    with TestClient(build_app(str(folder), {"max_rows": 2, "max_cached_tokens": 4096})) as client:
         assert client.post(path, json=body).status_code == 200
     (prompt,) = prompts
     tokenizer = load_tokenizer(str(tiny_checkpoint))
