@@ -1,8 +1,10 @@
 """What several tests share: a Hub on this machine, client processes, and a checkpoint small enough for any test."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import pytest
 
 # Read once, when huggingface_hub is imported, so set before: no test reaches out of this machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+# A runner started by `nohup` hands on that SIGHUP is ignored, which verbs respect; tests send it.
+if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # pytest's importlib mode puts no test folder on the path; `from hub_server import Hub` needs this one.
 sys.path.insert(0, str(Path(__file__).parent))
 
